@@ -1,0 +1,1 @@
+"""The service: Ray Serve deployments around the engine, behind the OpenAI Videos contract."""

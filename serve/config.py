@@ -1,0 +1,148 @@
+"""What an operator sets: one validated value for the whole application.
+
+It is what ``args`` of the Serve config file holds, what ``configs/serve/*.yaml`` hold, and what
+``python -m serve`` builds from a file and a few overrides. Unknown keys are refused.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pusa_dist.config import ModelConfig, ParallelConfig, load_model_config
+from pusa_dist.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every part: frozen, and closed against misspelt keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RoleConfig(Settings):
+    """Where a role runs and how many replicas of it there are."""
+
+    num_replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)
+    """Above num_replicas: Ray Serve autoscales between the two on ongoing requests."""
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    resources: dict[str, float] = {}
+    """Custom Ray resources a node must offer."""
+    label_selector: dict[str, str] = {}
+    """Ray node labels a node must carry, such as ``{role: vae}``."""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is below num_replicas={self.num_replicas}")
+        return self
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Where this role computes: it has a GPU exactly if it asks for one."""
+        return "cuda" if self.num_gpus else "cpu"
+
+
+class DenoiserConfig(RoleConfig):
+    """One replica is a gang of ``cfg * ring * ulysses`` ranks; num_cpus, num_gpus are per rank."""
+
+    cfg_degree: int = Field(1, ge=1)
+    ring_degree: int = Field(1, ge=1)
+    ulysses_degree: int = Field(2, ge=1)
+    attention: Literal["ours", "xfuser"] = "ours"
+    threads_per_rank: int | None = Field(1, ge=1)
+    """CPU threads of a rank; None leaves it to torch."""
+    spread: bool = False
+    """Put every rank on a node of its own (multi-host gangs) instead of all on one."""
+    max_resident: int = Field(2, ge=1)
+    """Jobs a gang holds at once."""
+    step_deadline_floor_s: float = Field(10.0, gt=0)
+    """A step is hung after ``max(floor, 5 x predicted)`` seconds."""
+    first_step_allowance_s: float = Field(60.0, ge=0)
+    """Added to the deadline of a job shape's first step (compilation, allocation)."""
+    ping_timeout_s: float = Field(5.0, gt=0)
+    """An idle rank that does not answer within this is dead."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """Rendezvous and loading of weights."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The gang's mesh."""
+        return ParallelConfig(
+            cfg_degree=self.cfg_degree, ring_degree=self.ring_degree, ulysses_degree=self.ulysses_degree
+        )
+
+
+class UploadLimits(Settings):
+    """What the gateway accepts before anything is stored."""
+
+    max_body_bytes: int = Field(64 * 2**20, ge=1)
+    max_inputs: int = Field(32, ge=1)
+
+
+class ServeConfig(Settings):
+    """The application."""
+
+    model: str = "debug"
+    """Name of a shipped model, or a path to its YAML."""
+    weights_root: str | None = None
+    """Overrides ``weights.root`` of the model."""
+    state_dir: str = "state"
+    """Folder of the default database and artifacts (one node only)."""
+    database_url: str | None = None
+    """SQLAlchemy URL; default SQLite under state_dir."""
+    artifacts_url: str | None = None
+    """fsspec URL; default a folder under state_dir."""
+    keys_file: str | None = None
+    """Mounted secret: one ``tenant key`` pair a line. None: everyone is tenant ``local``, loopback only."""
+    job_deadline_s: float = Field(3600.0, gt=0)
+    """A job not finished this long after it was created is failed."""
+    result_ttl_s: float = Field(7 * 86400.0, gt=0)
+    """How long results are promised to be kept (``expires_at``)."""
+    poll_after_ms: int = Field(500, ge=50)
+    """What clients are told to wait between polls."""
+    uploads: UploadLimits = UploadLimits()
+    gateway: RoleConfig = RoleConfig()
+    dispatcher: RoleConfig = RoleConfig()
+    text_encoder: RoleConfig = RoleConfig()
+    vae: RoleConfig = RoleConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+
+    @property
+    def resolved_database_url(self) -> str:
+        """Where jobs are kept."""
+        return self.database_url or f"sqlite:///{Path(self.state_dir).absolute() / 'jobs.sqlite'}"
+
+    @property
+    def resolved_artifacts_url(self) -> str:
+        """Where inputs and results are kept."""
+        return self.artifacts_url or f"file://{Path(self.state_dir).absolute() / 'artifacts'}"
+
+    def load_model(self) -> ModelConfig:
+        """The model's configuration, checked against the gang's degrees."""
+        model = load_model_config(self.model)
+        self.denoiser.parallel.check(model)
+        if self.dispatcher.num_replicas != 1 or self.dispatcher.max_replicas is not None:
+            raise ConfigError("dispatcher: exactly one replica per cluster; set num_replicas to 1 and no max_replicas")
+        return model
+
+
+def require_shared_stores(config: ServeConfig, num_nodes: int) -> None:
+    """Refuse stores that only one node can see when there are several nodes.
+
+    Raises:
+        ConfigError: SQLite or a local artifact folder on a cluster of more than one node.
+    """
+    if num_nodes <= 1:
+        return
+    if config.resolved_database_url.startswith("sqlite"):
+        raise ConfigError(
+            f"database_url={config.resolved_database_url} is SQLite, but the cluster has {num_nodes} nodes; "
+            "set database_url to a server all of them reach, such as postgresql+psycopg://user@host/name"
+        )
+    if config.resolved_artifacts_url.startswith("file:"):
+        raise ConfigError(
+            f"artifacts_url={config.resolved_artifacts_url} is a local folder, but the cluster has {num_nodes} "
+            "nodes; set artifacts_url to a bucket, such as s3://bucket/prefix"
+        )
