@@ -1,0 +1,191 @@
+"""Command line of the engine: ``python -m pusa_dist generate|plan|parity|bench``.
+
+``generate`` also runs under ``torchrun --nproc-per-node N -m pusa_dist generate ...``.
+"""
+
+import argparse
+import json
+import logging
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pusa_dist.config import ModelConfig, ParallelConfig, from_mapping, load_model_config
+from pusa_dist.errors import PusaError, RequestError
+from pusa_dist.geometry import num_latent_frames, shard_sizes, tokens_per_frame
+from pusa_dist.request import ConditioningParams, GenerationRequest, RequestParams, resolve_request
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; user errors print one line and exit with 2."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return arguments.run(arguments)
+    except (PusaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pusa_dist", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_generate(commands.add_parser("generate", help="generate one video to a file"))
+    _add_plan(commands.add_parser("plan", help="show how a gang would split a video, without any GPU"))
+    parity = commands.add_parser("parity", help="compare with recorded tensors of the public code")
+    parity.add_argument("folder", type=Path, help="folder with a manifest.json")
+    parity.set_defaults(run=_parity)
+    bench = commands.add_parser("bench", help="measure the engine against diffusers in one run")
+    bench.add_argument("--rounds", type=int, default=7, help="timed rounds of each variant (at least 5)")
+    bench.add_argument("--json", type=Path, help="also write the figures here")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="debug", help="a shipped model's name, or a path to a YAML file")
+    parser.add_argument("--cfg-degree", type=int, default=1, help="ranks for the two guidance branches: 1 or 2")
+    parser.add_argument("--ring-degree", type=int, default=1, help="ranks of the ring axis")
+    parser.add_argument("--ulysses-degree", type=int, default=1, help="ranks of the Ulysses axis")
+    parser.add_argument("--size", metavar="WxH", help="video size in pixels, multiples of 16")
+    parser.add_argument("--num-frames", type=int, help="frames of the video, 4k+1")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True, help="what the video shows")
+    parser.add_argument("--negative-prompt", help="what it should not show")
+    parser.add_argument("--input", type=Path, action="append", default=[], help="image or clip; may be repeated")
+    parser.add_argument(
+        "--conditioning",
+        default="[]",
+        help='JSON list as in the API, e.g. [{"input": 0, "position": "start", "noise_multiplier": 0.2}]',
+    )
+    parser.add_argument("--fps", type=int, help="frames a second")
+    parser.add_argument("--num-inference-steps", type=int, help="denoising steps, 1 to 50")
+    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 turns it off")
+    parser.add_argument("--shift", type=float, help="shift of the sigma schedule")
+    parser.add_argument("--lora-alpha", help="strength of the Pusa LoRA: a number, or JSON per expert")
+    parser.add_argument("--seed", type=int, help="drawn and printed when left out")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="CPU threads of a rank")
+    parser.add_argument("--weights", help="folder of the weights, instead of the model's own")
+    parser.add_argument("--attention", default="ours", choices=("ours", "xfuser"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"))
+    parser.add_argument("--repeat", type=int, default=1, help="run it this often on the loaded model, timing each")
+    parser.set_defaults(run=_generate)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
+    return ParallelConfig(
+        cfg_degree=arguments.cfg_degree,
+        ring_degree=arguments.ring_degree,
+        ulysses_degree=arguments.ulysses_degree,
+    )
+
+
+def _size(arguments: argparse.Namespace) -> tuple[int | None, int | None]:
+    if arguments.size is None:
+        return None, None
+    width, _, height = arguments.size.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise RequestError(f"--size={arguments.size}: write WIDTHxHEIGHT, such as 832x480", "size")
+    return int(width), int(height)
+
+
+def _json(text: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{option} is not valid JSON: {error}", option) from error
+
+
+def _request(arguments: argparse.Namespace, model: ModelConfig, inputs: Sequence[bytes]) -> GenerationRequest:
+    from pusa_dist.media.probe import probe
+
+    entries = _json(arguments.conditioning, "--conditioning")
+    if not isinstance(entries, list):
+        raise RequestError("--conditioning: expected a JSON list", "--conditioning")
+    alpha = None if arguments.lora_alpha is None else _json(arguments.lora_alpha, "--lora-alpha")
+    width, height = _size(arguments)
+    params = RequestParams(
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        width=width,
+        height=height,
+        num_frames=arguments.num_frames,
+        fps=arguments.fps,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        shift=arguments.shift,
+        seed=random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed,
+        lora_alpha=alpha,
+        conditioning=[from_mapping(ConditioningParams, e, f"--conditioning[{i}]") for i, e in enumerate(entries)],
+    )
+    media = [probe(data, f"--input {path}") for data, path in zip(inputs, arguments.input, strict=True)]
+    return resolve_request(params, media, model)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from pusa_dist.generate import Generator, Place
+    from pusa_dist.worker import WorkerOptions
+
+    model = load_model_config(arguments.model)
+    inputs = [path.read_bytes() for path in arguments.input]
+    place = Place.from_environment()
+    options = WorkerOptions(
+        device=arguments.device,
+        threads=arguments.threads,
+        weights_root=arguments.weights,
+        attention=arguments.attention,
+    )
+    generator = Generator(model, _parallel(arguments), options, place)
+    # A drawn seed must be the same on every rank.
+    request = generator.share(_request(arguments, model, inputs) if place.rank == 0 else None)
+    for _ in range(arguments.repeat):
+        seconds = generator.generate(request, inputs, arguments.out)
+        if place.rank == 0:
+            print(json.dumps({"out": str(arguments.out), "seed": request.seed, "seconds": seconds}))
+    generator.close()
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    model = load_model_config(arguments.model)
+    parallel = _parallel(arguments).check(model)
+    width, height = _size(arguments)
+    width, height = width or model.defaults.width, height or model.defaults.height
+    num_frames = arguments.num_frames or model.defaults.num_frames
+    per_frame = tokens_per_frame(height, width)
+    shards = shard_sizes(per_frame, parallel.sequence_degree)
+    print(f"{model.name}: {width}x{height}, {num_frames} frames")
+    print(f"latent frames {num_latent_frames(num_frames)}, tokens a frame {per_frame}, no padding")
+    print(
+        f"ranks {parallel.world_size} = cfg {parallel.cfg_degree} x ring {parallel.ring_degree} "
+        f"x ulysses {parallel.ulysses_degree}"
+    )
+    print(f"tokens of a frame on each sequence rank: {', '.join(map(str, shards))}")
+    return 0
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from pusa_dist.parity import run
+
+    return run(arguments.folder, print)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from pusa_dist.bench import run
+
+    return run(print, rounds=arguments.rounds, json_path=arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What one rank of a gang runs: join, hold resident generations, step them, hand them over.
+
+The same class runs under ``torchrun`` (``pusa_dist.generate``) and inside a Ray actor
+(``serve.gang``). It is synchronous and knows nothing of scheduling: whoever drives the gang gives
+every rank the same calls in the same order, because most of them are collective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pusa_dist.config import ModelConfig, ParallelConfig
+from pusa_dist.errors import PusaError
+from pusa_dist.experts import Experts
+from pusa_dist.parallel.apply import AttentionBackend
+from pusa_dist.parallel.mesh import join_gang, leave_gang
+from pusa_dist.request import GenerationRequest
+from pusa_dist.state import GenerationState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """How a rank runs, apart from what it runs."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    """CPU threads of this rank; None leaves it to torch."""
+    weights_root: str | None = None
+    timeout_s: float = 600.0
+    """A collective that takes longer fails the rank."""
+    attention: AttentionBackend = "ours"
+
+
+class Worker:
+    """One rank of a gang."""
+
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, options: WorkerOptions) -> None:
+        self.model = model
+        self.parallel = parallel.check(model)
+        self.options = options
+        self._residents: dict[str, GenerationState] = {}
+        self._experts: Experts | None = None
+
+    def join(self, rank: int, world_size: int, address: str, port: int) -> None:
+        """Meet the other ranks, load the weights and shard the model. Collective over the gang."""
+        if self.options.threads is not None:
+            torch.set_num_threads(self.options.threads)
+        mesh = join_gang(
+            rank, world_size, address, port, self.parallel, self.options.device, self.options.timeout_s
+        )
+        self._experts = Experts(
+            self.model,
+            mesh,
+            device=self.options.device,
+            weights_root=self.options.weights_root,
+            attention=self.options.attention,
+        )
+
+    def leave(self) -> None:
+        """Leave the gang; the worker cannot be used afterwards."""
+        self._experts = None
+        self._residents.clear()
+        leave_gang()
+
+    def admit(
+        self,
+        job_id: str,
+        request: GenerationRequest,
+        context: Tensor,
+        negative_context: Tensor | None,
+        given: Tensor | None,
+    ) -> None:
+        """Make a new generation resident.
+
+        Args:
+            job_id: name for later calls.
+            request: what to generate.
+            context: (L, E_text) embedding of the prompt.
+            negative_context: (L, E_text) of the negative prompt; None without guidance.
+            given: (C, K, H, W) conditioning latents in the order of ``request.conditioning``.
+        """
+        self._residents[job_id] = GenerationState.start(
+            request,
+            self.model,
+            self._loaded.precision,
+            self.parallel,
+            context,
+            negative_context,
+            given,
+        ).to(self.options.device)
+
+    def restore(self, job_id: str, data: bytes) -> None:
+        """Make a generation resident that ``checkpoint`` wrote, on this gang or another."""
+        self._residents[job_id] = GenerationState.from_bytes(data).to(self.options.device)
+
+    def step(self, job_ids: Sequence[str]) -> dict[str, int]:
+        """Advance residents that share a signature by one step in one forward.
+
+        Collective over the gang.
+
+        Returns:
+            Steps done so far, per job.
+
+        Raises:
+            NumericsError: latents became non-finite.
+        """
+        states = self._loaded.advance([self._residents[job_id] for job_id in job_ids])
+        self._residents.update(zip(job_ids, states, strict=True))
+        return {job_id: state.step for job_id, state in zip(job_ids, states, strict=True)}
+
+    def checkpoint(self, job_id: str) -> bytes:
+        """The resident's state, to be restored anywhere."""
+        return self._residents[job_id].to_bytes()
+
+    def finish(self, job_id: str) -> Tensor:
+        """Final latents (C, F, H, W) in float32 on the CPU; the generation is no longer resident."""
+        latents = self._residents.pop(job_id).latents
+        if latents is None:
+            raise PusaError(f"{job_id} has not made a step yet")
+        return latents.float().cpu()
+
+    def drop(self, job_id: str) -> None:
+        """Forget a resident, if it is one."""
+        self._residents.pop(job_id, None)
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every rank. Collective over the gang."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @property
+    def _loaded(self) -> Experts:
+        if self._experts is None:
+            raise PusaError("the worker has not joined a gang; call join first")
+        return self._experts
