@@ -45,9 +45,7 @@ def from_mapping(cls: type[T], values: object, where: str) -> T:
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(known)}")
-    required = [
-        n for n, item in known.items() if item.default is MISSING and item.default_factory is MISSING
-    ]
+    required = [n for n, item in known.items() if item.default is MISSING and item.default_factory is MISSING]
     missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"{where}: missing setting {', '.join(missing)}")

@@ -51,9 +51,7 @@ class Worker:
         """Meet the other ranks, load the weights and shard the model. Collective over the gang."""
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
-        mesh = join_gang(
-            rank, world_size, address, port, self.parallel, self.options.device, self.options.timeout_s
-        )
+        mesh = join_gang(rank, world_size, address, port, self.parallel, self.options.device, self.options.timeout_s)
         self._experts = Experts(
             self.model,
             mesh,

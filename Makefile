@@ -1,0 +1,54 @@
+# Every target sets up .venv by itself. PYTHON is the interpreter the environment is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+STATE ?= state
+MODEL ?= debug
+GOLDENS ?= tests/goldens
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo serve generate test test-all lint fmt parity bench lock
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,demo,dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 openai==2.54.0
+	touch $@
+
+setup: $(STAMP)  ## make .venv with everything the project needs
+
+demo: $(STAMP)  ## start the service, run one job of every task through HTTP, write outputs/, stop
+	$(BIN)/python -m cluster.demo --model $(MODEL) --out outputs
+
+serve: $(STAMP)  ## run the service until Ctrl-C: make serve PORT=8000 STATE=state MODEL=debug
+	$(BIN)/python -m serve --model $(MODEL) --port $(PORT) --state $(STATE)
+
+test: $(STAMP)  ## the default tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)  ## the default tests and the slow ones
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)  ## format, style, types and import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(STAMP)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: $(STAMP)  ## compare with recorded tensors: make parity GOLDENS=tests/goldens
+	$(BIN)/python -m pusa_dist parity $(GOLDENS)
+
+bench: $(STAMP)  ## the engine against diffusers, and the service against a plain loop, in one run
+	$(BIN)/python -m pusa_dist bench
+	$(BIN)/python -m cluster.service_cost
+
+lock:  ## compile .ci/constraints.txt from pyproject.toml
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude openai-2 > .ci/constraints.txt
