@@ -1,0 +1,321 @@
+"""The job store: durability, fencing and paging, on SQLite and on a real PostgreSQL."""
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pusa_dist.errors import ConfigError
+from pusa_dist.request import Conditioning, GenerationRequest
+from serve.jobs import Artifact, Job, JobStore, StoredInput, new_job_id
+
+LEASE_S = 10.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pgserver = pytest.importorskip("pgserver")
+    folder = tmp_path_factory.mktemp("postgres")
+    server = pgserver.get_server(folder, cleanup_mode="stop")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/state/jobs.sqlite"
+    return request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(url: str, clock: Clock) -> Iterator[JobStore]:
+    opened = JobStore(url, clock)
+    opened.create_tables()
+    yield opened
+    for tenant in ("a", "b"):
+        while jobs := opened.page(tenant, None, 100, "asc")[0]:
+            for job in jobs:
+                opened.delete(tenant, job.id)
+    opened.close()
+
+
+def new_job(tenant: str = "a", created_at: float = 1_000.0) -> Job:
+    request = GenerationRequest(
+        model="debug",
+        prompt="a cat \u732b",
+        negative_prompt="",
+        width=128,
+        height=96,
+        num_frames=17,
+        fps=8,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        shift=5.0,
+        seed=2**63 - 1,
+        lora_alpha={"main": 1.4},
+        conditioning=(Conditioning(input=0, position=0, noise_multiplier=0.2),),
+    )
+    stored = StoredInput(key="jobs/x/inputs/0", content_type="image/png", kind="image", width=4, height=3, num_frames=1)
+    return Job(
+        id=new_job_id(),
+        tenant=tenant,
+        model="debug",
+        revision="1",
+        request=request,
+        inputs=(stored,),
+        num_steps=4,
+        created_at=created_at,
+    )
+
+
+def claimed(store: JobStore, owner: str = "me", **values: object) -> Job:
+    job = new_job(**values)  # type: ignore[arg-type]
+    store.create(job)
+    running = store.claim(job.id, owner, LEASE_S)
+    assert running is not None
+    return running
+
+
+def test_a_job_is_read_back_equal(store: JobStore) -> None:
+    job = new_job()
+    store.create(job)
+    assert store.get("a", job.id) == job
+
+
+def test_a_tenant_sees_only_its_own_jobs(store: JobStore) -> None:
+    job = new_job("a")
+    store.create(job)
+    assert store.get("b", job.id) is None
+    assert store.page("b", None, 10, "asc") == ([], False)
+    assert store.request_cancel("b", job.id) is None
+    assert store.delete("b", job.id) is None
+    assert store.get("a", job.id) == job
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_pages_join_to_every_job_once_even_when_ages_are_equal(store: JobStore, order: str) -> None:
+    created = [new_job(created_at=1_000.0 + index // 3) for index in range(10)]
+    for job in created:
+        store.create(job)
+    seen: list[Job] = []
+    has_more = True
+    while has_more:
+        page, has_more = store.page("a", seen[-1].id if seen else None, 3, order)  # type: ignore[arg-type]
+        seen += page
+    expected = sorted(created, key=lambda job: (job.created_at, job.id), reverse=order == "desc")
+    assert seen == expected
+
+
+def test_a_claim_begins_an_attempt_and_only_one_claimant_wins(store: JobStore) -> None:
+    job = new_job()
+    store.create(job)
+    with ThreadPoolExecutor(8) as pool:
+        wins = [win for win in pool.map(lambda n: store.claim(job.id, f"d{n}", LEASE_S), range(8)) if win]
+    assert [(win.status, win.attempt, win.started_at) for win in wins] == [("in_progress", 1, 1_000.0)]
+    assert store.queued(10) == []
+
+
+def test_queued_jobs_come_oldest_first(store: JobStore) -> None:
+    ages = [3.0, 1.0, 2.0]
+    for age in ages:
+        store.create(new_job(created_at=age))
+    assert [job.created_at for job in store.queued(2)] == [1.0, 2.0]
+    assert store.num_queued_before(store.queued(3)[2]) == 2
+
+
+def test_progress_and_completion_of_the_current_attempt_are_kept(store: JobStore, clock: Clock) -> None:
+    job = claimed(store)
+    assert store.record_precision(job.id, 1, "fp32")
+    assert store.progress(job.id, 1, "denoise", 3, 4)
+    running = store.get("a", job.id)
+    assert running is not None
+    assert (running.stage, running.step, running.precision) == ("denoise", 3, "fp32")
+    clock.now = 1_050.0
+    results = {"video": Artifact(key="jobs/x/attempts/1/video.mp4", content_type="video/mp4", num_bytes=7)}
+    assert store.complete(job.id, 1, results, {"denoise": 1.5})
+    done = store.get("a", job.id)
+    assert done == replace(
+        running, status="completed", stage=None, completed_at=1_050.0, results=results, seconds={"denoise": 1.5}
+    )
+
+
+def test_a_stale_attempt_can_change_nothing(store: JobStore, clock: Clock) -> None:
+    job = claimed(store)
+    clock.now += LEASE_S + 1
+    assert store.requeue_expired(clock.now) == [job.id]
+    second = store.claim(job.id, "other", LEASE_S)
+    assert second is not None
+    assert second.attempt == 2
+    assert not store.progress(job.id, 1, "decode", 4, 4)
+    assert not store.complete(job.id, 1, {}, {})
+    assert not store.fail(job.id, 1, "x", "y")
+    assert not store.cancelled(job.id, 1)
+    assert not store.requeue(job.id, 1, gang_died=True)
+    assert store.get("a", job.id) == second
+
+
+@pytest.mark.parametrize("end", ["complete", "fail", "cancelled"])
+def test_an_ended_job_stays_ended(store: JobStore, end: str) -> None:
+    job = claimed(store)
+    ends = {
+        "complete": lambda: store.complete(job.id, 1, {}, {}),
+        "fail": lambda: store.fail(job.id, 1, "gang_died", "twice"),
+        "cancelled": lambda: store.cancelled(job.id, 1),
+    }
+    assert ends[end]()
+    ended = store.get("a", job.id)
+    assert ended is not None
+    assert ended.is_final
+    assert not any(again() for again in ends.values())
+    assert store.claim(job.id, "me", LEASE_S) is None
+    assert store.request_cancel("a", job.id) == ended
+
+
+def test_a_renewed_lease_does_not_expire(store: JobStore, clock: Clock) -> None:
+    mine, other = claimed(store, owner="me"), claimed(store, owner="other")
+    clock.now += LEASE_S - 1
+    store.renew("me", LEASE_S)
+    clock.now += 2
+    assert store.expired(clock.now) == [other.id]
+    assert store.requeue_expired(clock.now) == [other.id]
+    assert store.progress(mine.id, 1, "text", 0, 4)
+
+
+def test_a_requeued_job_counts_the_gang_that_died_and_starts_over(store: JobStore) -> None:
+    job = claimed(store)
+    store.progress(job.id, 1, "denoise", 2, 4)
+    assert store.requeue(job.id, 1, gang_died=True)
+    waiting = store.get("a", job.id)
+    assert waiting is not None
+    assert (waiting.status, waiting.gang_deaths, waiting.step, waiting.stage) == ("queued", 1, 0, None)
+
+
+def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
+    job = new_job()
+    store.create(job)
+    stopped = store.request_cancel("a", job.id)
+    assert stopped is not None
+    assert (stopped.status, stopped.completed_at) == ("cancelled", 1_000.0)
+    assert store.queued(10) == []
+
+
+def test_a_running_job_is_asked_to_stop_and_a_deleted_one_must(store: JobStore) -> None:
+    asked, deleted, kept = (claimed(store) for _ in range(3))
+    store.request_cancel("a", asked.id)
+    assert store.delete("a", deleted.id) is not None
+    assert store.cancel_requests([asked.id, deleted.id, kept.id]) == {asked.id, deleted.id}
+    assert store.cancel_requests([]) == set()
+    assert store.get("a", deleted.id) is None
+
+
+def test_a_job_asked_to_stop_ends_when_its_attempt_is_given_up(store: JobStore) -> None:
+    job = claimed(store)
+    store.request_cancel("a", job.id)
+    assert store.requeue(job.id, 1, gang_died=True)
+    stopped = store.get("a", job.id)
+    assert stopped is not None
+    assert stopped.status == "cancelled"
+    assert stopped.completed_at is not None
+
+
+def test_jobs_are_counted_by_status(store: JobStore) -> None:
+    store.create(new_job("a"))
+    store.create(new_job("b"))
+    claimed(store)
+    assert store.counts() == {"queued": 2, "in_progress": 1}
+
+
+def test_writers_in_many_threads_all_succeed(store: JobStore) -> None:
+    def create_and_claim(_: int) -> bool:
+        job = new_job()
+        store.create(job)
+        return store.claim(job.id, "me", LEASE_S) is not None and store.progress(job.id, 1, "text", 0, 4)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(create_and_claim, range(40)))
+
+
+CHILD = """
+import sys
+from serve.jobs import JobStore
+store = JobStore(sys.argv[1])
+store.create_tables()
+for job_id in sys.argv[2:]:
+    if store.claim(job_id, "child", 10.0):
+        print(job_id)
+"""
+
+
+def test_processes_share_the_store_and_never_claim_twice(url: str) -> None:
+    first = JobStore(url)
+    barrier = threading.Barrier(3)
+
+    def child(ids: list[str]) -> list[str]:
+        barrier.wait()
+        command = [sys.executable, "-c", CHILD, url, *ids]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    first.create_tables()
+    ids = []
+    for _ in range(30):
+        job = new_job()
+        first.create(job)
+        ids.append(job.id)
+    with ThreadPoolExecutor(3) as pool:
+        won = [job_id for part in pool.map(child, [ids, ids, ids[::-1]]) for job_id in part]
+    assert sorted(won) == sorted(ids)
+    for job_id in ids:
+        first.delete("a", job_id)
+    first.close()
+
+
+def test_an_acknowledged_job_is_in_the_file_while_the_store_is_still_open(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    store = JobStore(f"sqlite:///{path}")
+    store.create_tables()
+    job = new_job()
+    store.create(job)
+    # A copy of the files at this moment is what a crash would leave behind.
+    for file in tmp_path.glob("jobs.sqlite*"):
+        shutil.copy(file, tmp_path / f"crashed-{file.name}")
+    store.close()
+    connection = sqlite3.connect(tmp_path / "crashed-jobs.sqlite")
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("SELECT id FROM jobs").fetchall() == [(job.id,)]
+    connection.close()
+
+
+def test_many_stores_may_create_the_tables_at_once(tmp_path: Path) -> None:
+    stores = [JobStore(f"sqlite:///{tmp_path}/jobs.sqlite") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(JobStore.create_tables, stores))
+    assert stores[0].counts() == {}
+    for store in stores:
+        store.close()
+
+
+def test_a_database_in_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match="would lose every job"):
+        JobStore("sqlite://")
