@@ -1,0 +1,127 @@
+"""Building the VAE: published names to diffusers' names, or weights drawn from a seed."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from pusa_dist.checkpoint.load import load_exactly, read_tensors, weight_files
+from pusa_dist.config import ModelConfig, Precision, VaeConfig
+from pusa_dist.errors import ConfigError
+
+# Published name (a prefix or an infix) to diffusers' name.
+_PARTS = {
+    "conv1.": "quant_conv.",
+    "conv2.": "post_quant_conv.",
+    "encoder.conv1.": "encoder.conv_in.",
+    "decoder.conv1.": "decoder.conv_in.",
+    "encoder.downsamples.": "encoder.down_blocks.",
+}
+_HALVES = {
+    "middle.0.": "mid_block.resnets.0.",
+    "middle.1.": "mid_block.attentions.0.",
+    "middle.2.": "mid_block.resnets.1.",
+    "head.0.": "norm_out.",
+    "head.2.": "conv_out.",
+}
+_BLOCK = {
+    "residual.0.": "norm1.",
+    "residual.2.": "conv1.",
+    "residual.3.": "norm2.",
+    "residual.6.": "conv2.",
+    "shortcut.": "conv_shortcut.",
+}
+_PREFIXES = {**_PARTS, **{f"{half}.{a}": f"{half}.{b}" for half in ("encoder", "decoder") for a, b in _HALVES.items()}}
+_UPSAMPLE = re.compile(r"decoder\.upsamples\.(\d+)\.")
+
+
+def build_vae(
+    model: ModelConfig, *, device: str, precision: Precision, weights_root: str | None = None
+) -> AutoencoderKLWan:
+    """The model's VAE with its weights, ready to run.
+
+    Args:
+        model: its shape and where its weights are.
+        device: where the weights go.
+        precision: dtype of the weights and of what is computed.
+        weights_root: overrides ``weights.root``.
+
+    Raises:
+        CheckpointError: the file's tensors are not exactly the model's.
+        ConfigError: the file does not exist.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if model.weights.seed is not None:
+        vae = new_vae(model.vae)
+        _draw_weights(vae, model.weights.seed)
+    else:
+        with torch.device("meta"):
+            vae = new_vae(model.vae)
+        paths = vae_files(model, weights_root)
+        load_exactly(vae, diffusers_names(read_tensors(paths), model.vae.num_res_blocks), f"VAE {paths[0].name}")
+    return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def new_vae(config: VaeConfig) -> AutoencoderKLWan:
+    """An autoencoder of this shape on the current default device, its weights not yet meaningful."""
+    return AutoencoderKLWan(
+        base_dim=config.base_dim,
+        z_dim=config.z_dim,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=config.num_res_blocks,
+        latents_mean=list(config.latents_mean),
+        latents_std=list(config.latents_std),
+    )
+
+
+def vae_files(model: ModelConfig, weights_root: str | None) -> list[Path]:
+    """Paths of the VAE's weights."""
+    weights = model.weights
+    root = weights_root or weights.root
+    if root is None or weights.vae is None:
+        raise ConfigError(f"model {model.name}: weights.vae names no file; give the VAE's file under weights.root")
+    return weight_files(root, weights.vae)
+
+
+def diffusers_names(tensors: Mapping[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
+    """Rename a published Wan VAE's tensors (with or without a leading ``model.``) as diffusers names them.
+
+    Names that are none of the published ones stay, so a file in diffusers' own format passes unchanged.
+    """
+    return {_diffusers_name(name, num_res_blocks): tensor for name, tensor in tensors.items()}
+
+
+def _diffusers_name(name: str, num_res_blocks: int) -> str:
+    name = name.removeprefix("model.")
+    for old, new in _PREFIXES.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    # The decoder's flat list: per level num_res_blocks + 1 residual blocks, then an upsampler.
+    if match := _UPSAMPLE.match(name):
+        level, place = divmod(int(match[1]), num_res_blocks + 2)
+        block = f"resnets.{place}" if place <= num_res_blocks else "upsamplers.0"
+        name = f"decoder.up_blocks.{level}.{block}.{name[match.end() :]}"
+    for old, new in _BLOCK.items():
+        name = name.replace(f".{old}", f".{new}")
+    return name
+
+
+@torch.no_grad()
+def _draw_weights(vae: AutoencoderKLWan, seed: int) -> None:
+    """Random weights that keep activations near unit size, so that frames are neither grey nor saturated."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(vae.named_parameters()):
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif not name.endswith("gamma"):  # norms keep their ones
+            fan_in = parameter[0].numel()
+            gain = _OUTPUT_GAIN.get(name, 1.4)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (gain / fan_in**0.5))
+
+
+# Colours are to spread over [-1, 1], latents over the published statistics.
+_OUTPUT_GAIN = {"decoder.conv_out.weight": 0.7, "encoder.conv_out.weight": 3.0, "quant_conv.weight": 1.0}
