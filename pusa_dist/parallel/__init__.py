@@ -1,0 +1,1 @@
+"""Sequence and guidance parallelism over torch.distributed."""

@@ -1,0 +1,52 @@
+"""Turn a plain transformer into this rank's share of a gang's."""
+
+from typing import Literal
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from pusa_dist.errors import ConfigError
+from pusa_dist.model.transformer import VectorTimestepTransformer
+from pusa_dist.parallel.attention import SequenceAttention
+from pusa_dist.parallel.shard import SequenceShard
+
+AttentionBackend = Literal["ours", "xfuser"]
+
+
+def parallelize(
+    model: VectorTimestepTransformer, mesh: DeviceMesh, attention: AttentionBackend = "ours"
+) -> VectorTimestepTransformer:
+    """Spread the model's tokens and self-attention over the mesh, in place.
+
+    Every rank keeps all weights; afterwards ``model(...)`` is collective over the ring and ulysses
+    axes, takes whole latents and returns whole velocities. A mesh of one rank runs the same code.
+
+    Args:
+        model: loaded, on this rank's device.
+        mesh: axes (cfg, ring, ulysses).
+        attention: "ours", or "xfuser" for its USP where shards are even (extra ``cuda``).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: the heads cannot be shared so; or xfuser cannot be used here, or differs from ours.
+    """
+    shard = SequenceShard(mesh.get_group("ring"), mesh.get_group("ulysses"))
+    heads = model.config.num_attention_heads
+    if heads % shard.ulysses_degree:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"ulysses_degree={shard.ulysses_degree} does not divide num_attention_heads={heads}; use one of {divisors}"
+        )
+    model.token_shard = shard
+    ours = SequenceAttention(shard)
+    if attention == "ours":
+        model.attention = ours
+    elif attention == "xfuser":
+        # Imported only here: importing xfuser needs an accelerator.
+        from pusa_dist.parallel.xfuser_usp import admitted_usp
+
+        model.attention = admitted_usp(model, mesh, ours)
+    else:
+        raise ConfigError(f"attention={attention!r}: use ours or xfuser")
+    return model
