@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from pusa_dist.checkpoint.load import load_exactly, read_tensors, weight_files
+from pusa_dist.checkpoint.seeded import seeded_normal
 from pusa_dist.config import ModelConfig, Precision, VaeConfig
 from pusa_dist.errors import ConfigError
 
@@ -54,15 +55,16 @@ def build_vae(
         ConfigError: the file does not exist.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if model.weights.seed is not None:
+    with torch.device("meta"):
         vae = new_vae(model.vae)
-        _draw_weights(vae, model.weights.seed)
+    if model.weights.seed is not None:
+        drawn = _drawn(vae, model.weights.seed)
+        tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
     else:
-        with torch.device("meta"):
-            vae = new_vae(model.vae)
-        paths = vae_files(model, weights_root)
-        load_exactly(vae, diffusers_names(read_tensors(paths), model.vae.num_res_blocks), f"VAE {paths[0].name}")
-    return vae.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        published = read_tensors(vae_files(model, weights_root), dtype=dtype, device=device)
+        tensors = diffusers_names(published, model.vae.num_res_blocks)
+    load_exactly(vae, tensors, f"the VAE of {model.name}")
+    return vae.eval().requires_grad_(False)
 
 
 def new_vae(config: VaeConfig) -> AutoencoderKLWan:
@@ -110,18 +112,20 @@ def _diffusers_name(name: str, num_res_blocks: int) -> str:
     return name
 
 
-@torch.no_grad()
-def _draw_weights(vae: AutoencoderKLWan, seed: int) -> None:
-    """Random weights that keep activations near unit size, so that frames are neither grey nor saturated."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(vae.named_parameters()):
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif not name.endswith("gamma"):  # norms keep their ones
-            fan_in = parameter[0].numel()
-            gain = _OUTPUT_GAIN.get(name, 1.4)
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (gain / fan_in**0.5))
-
-
-# Colours are to spread over [-1, 1], latents over the published statistics.
+# Gains of the drawn weights: activations stay near unit size, colours spread over [-1, 1] without
+# saturating, latents spread like the published statistics.
+_HIDDEN_GAIN = 1.4
 _OUTPUT_GAIN = {"decoder.conv_out.weight": 0.7, "encoder.conv_out.weight": 3.0, "quant_conv.weight": 1.0}
+
+
+def _drawn(vae: AutoencoderKLWan, seed: int) -> dict[str, Tensor]:
+    return {name: _drawn_tensor(name, tensor, seed) for name, tensor in vae.state_dict().items()}
+
+
+def _drawn_tensor(name: str, tensor: Tensor, seed: int) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(tensor.shape)
+    if name.endswith("gamma"):
+        return torch.ones(tensor.shape)
+    gain = _OUTPUT_GAIN.get(name, _HIDDEN_GAIN)
+    return seeded_normal(tensor.shape, seed, f"vae/{name}", gain / tensor[0].numel() ** 0.5)
