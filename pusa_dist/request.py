@@ -144,7 +144,8 @@ def resolve_request(params: RequestParams, inputs: Sequence[MediaInfo], model: M
         raise RequestError("prompt is empty; describe the video in words", "prompt", "empty_prompt")
     negative = d.negative_prompt if params.negative_prompt is None else params.negative_prompt
     _check_prompt(negative, "pusa.negative_prompt")
-    width, height = params.width or d.width, params.height or d.height
+    width = d.width if params.width is None else params.width
+    height = d.height if params.height is None else params.height
     fps = d.fps if params.fps is None else params.fps
     _check_range(fps, 1, 120, "pusa.fps")
     num_frames = _num_frames(params, fps, model)
