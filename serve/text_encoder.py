@@ -1,0 +1,25 @@
+"""The text encoder's deployment: prompt in, reference to its embedding out."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+from pusa_dist.prompt_encoder import PromptEncoder
+
+from pusa_dist.config import ModelConfig
+from serve.stages import TensorRef
+
+
+class TextEncoder:
+    """Embeds prompts on a thread of its own, so that the replica always answers Serve."""
+
+    def __init__(self, model: ModelConfig, device: str, weights_root: str | None) -> None:
+        self._encoder = PromptEncoder(model, device, weights_root)
+        self._thread = ThreadPoolExecutor(1, "text")
+
+    async def embed(self, prompt: str) -> TensorRef:
+        """(L, E) embedding of a prompt, in the object store."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, prompt)
+
+    def _embed(self, prompt: str) -> TensorRef:
+        return TensorRef(ray.put(self._encoder.encode(prompt)))

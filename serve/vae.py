@@ -1,0 +1,125 @@
+"""The VAE's deployment: stored inputs to latents, latents to the files of a result."""
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pusa_dist.config import ModelConfig
+from pusa_dist.errors import Cancelled
+from pusa_dist.media.mp4 import Mp4Writer
+from pusa_dist.media.stills import FramesZip, spritesheet, thumbnail
+from pusa_dist.request import GenerationRequest
+from pusa_dist.video_codec import VideoCodec
+from serve.artifacts import ArtifactStore
+from serve.jobs import Artifact
+from serve.stages import TensorRef
+
+T = TypeVar("T")
+
+NUM_THREADS = 2
+"""Calls at once: a short encode need not wait for a long decode."""
+SHEET_FRAMES = 16
+"""Frames of the spritesheet at most, evenly spaced."""
+
+
+class Vae:
+    """Encodes and decodes on threads, so that the replica always answers Serve."""
+
+    def __init__(self, model: ModelConfig, device: str, weights_root: str | None, artifacts_url: str) -> None:
+        self._codec = VideoCodec(model, device, weights_root)
+        self._artifacts = ArtifactStore(artifacts_url)
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
+
+    async def encode(self, request: GenerationRequest, keys: Sequence[str]) -> TensorRef:
+        """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
+
+        def work(check: Callable[[], None]) -> TensorRef:
+            inputs = [self._artifacts.read(key) for key in keys]
+            check()
+            return TensorRef(ray.put(self._codec.encode_inputs(request, inputs)))
+
+        return await self._in_thread(work)
+
+    async def decode(
+        self, job_id: str, attempt: int, request: GenerationRequest, latents: TensorRef
+    ) -> dict[str, Artifact]:
+        """Write the attempt's files to the artifact store; returns them by content variant."""
+        values: Tensor = await latents.ref
+        prefix = f"jobs/{job_id}/attempts/{attempt}"
+
+        def work(check: Callable[[], None]) -> dict[str, Artifact]:
+            with tempfile.TemporaryDirectory(prefix="vae-") as folder, closing(self._codec.decode(values)) as frames:
+                files = write_files(Path(folder), request, _checked(frames, check))
+                return {
+                    variant: self._publish(f"{prefix}/{path.name}", path, mime)
+                    for variant, (path, mime) in files.items()
+                }
+
+        return await self._in_thread(work)
+
+    def _publish(self, key: str, path: Path, content_type: str) -> Artifact:
+        self._artifacts.put_file(key, path)
+        return Artifact(key=key, content_type=content_type, num_bytes=path.stat().st_size)
+
+    async def _in_thread(self, work: Callable[[Callable[[], None]], T]) -> T:
+        stopped = threading.Event()
+
+        def check() -> None:
+            if stopped.is_set():
+                raise Cancelled("the caller asked for the work to stop")
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, check)
+        finally:
+            stopped.set()  # after a cancellation the thread goes on: it stops at its next check
+
+
+def write_files(
+    folder: Path, request: GenerationRequest, chunks: Iterator[NDArray[np.uint8]]
+) -> dict[str, tuple[Path, str]]:
+    """Write a video's files as its frames come; memory does not grow with the video.
+
+    Args:
+        folder: where.
+        request: size, length and rate of the video.
+        chunks: (t, H, W, 3) frames.
+
+    Returns:
+        Path and content type by content variant.
+    """
+    files = {
+        "video": (folder / "video.mp4", "video/mp4"),
+        "thumbnail": (folder / "thumbnail.webp", "image/webp"),
+        "spritesheet": (folder / "spritesheet.jpg", "image/jpeg"),
+        "frames": (folder / "frames.zip", "application/zip"),
+    }
+    kept = set(np.linspace(0, request.num_frames - 1, min(SHEET_FRAMES, request.num_frames)).round().astype(int))
+    sheet: list[NDArray[np.uint8]] = []
+    index = 0
+    with ExitStack() as stack:
+        video = stack.enter_context(closing(Mp4Writer(files["video"][0], request.width, request.height, request.fps)))
+        lossless = stack.enter_context(closing(FramesZip(files["frames"][0])))
+        for chunk in chunks:
+            video.write(chunk)
+            lossless.write(chunk)
+            sheet += [frame for n, frame in enumerate(chunk, index) if n in kept]
+            index += len(chunk)
+    files["thumbnail"][0].write_bytes(thumbnail(sheet[0]))
+    files["spritesheet"][0].write_bytes(spritesheet(sheet))
+    return files
+
+
+def _checked(frames: Iterator[NDArray[np.uint8]], check: Callable[[], None]) -> Iterator[NDArray[np.uint8]]:
+    for chunk in frames:
+        check()
+        yield chunk
