@@ -1,0 +1,103 @@
+"""Clips: MP4, MOV and WebM bytes to frames, one at a time."""
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+import av
+import cv2
+import numpy as np
+
+from pusa_dist.errors import RequestError
+from pusa_dist.media.frames import Frame, fit_frame
+from pusa_dist.request import Fit
+
+# Demuxers by name, so that bytes cannot pose as a playlist that makes FFmpeg open other files or addresses.
+MP4_DEMUXER, WEBM_DEMUXER = "mov", "matroska"
+EBML_MAGIC = b"\x1a\x45\xdf\xa3"
+
+
+def demuxer_of(data: bytes) -> str:
+    """FFmpeg's demuxer for a clip, by content."""
+    return WEBM_DEMUXER if data.startswith(EBML_MAGIC) else MP4_DEMUXER
+
+
+def open_clip(data: bytes) -> "av.container.InputContainer":
+    """Open a clip for reading; what FFmpeg does not understand raises ``av.FFmpegError``."""
+    return av.open(io.BytesIO(data), mode="r", format=demuxer_of(data), metadata_errors="ignore")
+
+
+def video_streams(container: "av.container.InputContainer") -> list["av.VideoStream"]:
+    """The streams that show moving pictures: cover art, which is a video stream of one picture, is none."""
+    cover = av.stream.Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & cover]
+
+
+def iter_frames(data: bytes) -> Iterator[Frame]:
+    """Frames (H, W, 3) of a clip in order, upright as its display rotation says; one is in memory at a time.
+
+    Raises:
+        RequestError: the clip cannot be decoded.
+    """
+    try:
+        with open_clip(data) as container:
+            stream = video_streams(container)[0]
+            stream.thread_count = 1
+            for frame in container.decode(stream):
+                yield upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        raise RequestError(f"the clip cannot be decoded ({error})", None, "invalid_clip") from error
+
+
+def upright(pixels: Frame, rotation: int) -> Frame:
+    """Turn a frame counter-clockwise by the ``rotation`` degrees its stream asks a player for."""
+    return np.ascontiguousarray(np.rot90(pixels, rotation // 90))
+
+
+def read_frames(data: bytes, start: int, stop: int | None) -> Frame:
+    """Frames start..stop-1 of a clip, (T, H, W, 3).
+
+    Args:
+        data: a whole MP4, MOV or WebM.
+        start: first frame; negative counts from the end of the clip, and then ``stop`` must be None.
+        stop: frame after the last one.
+
+    Raises:
+        RequestError: the clip cannot be decoded or has fewer frames.
+    """
+    return np.stack(list(select_frames(iter_frames(data), start, stop)))
+
+
+def select_frames(frames: Iterator[Frame], start: int, stop: int | None) -> Iterator[Frame]:
+    """``frames[start:stop]`` of an iterator, holding no more than the frames of a negative start.
+
+    Raises:
+        RequestError: there are fewer frames.
+    """
+    wanted = -start if stop is None else stop - start
+    chosen: Iterator[Frame] = islice(frames, start, stop) if start >= 0 else iter(deque(frames, maxlen=-start))
+    for number in range(wanted):
+        frame = next(chosen, None)
+        if frame is None:
+            raise RequestError(
+                f"the clip ends after {number} of the {wanted} frames needed; give a longer clip",
+                None,
+                "clip_too_short",
+            )
+        yield frame
+
+
+def fit_clip_frame(pixels: Frame, width: int, height: int, fit: Fit) -> Frame:
+    """One frame of a clip brought to (height, width, 3) with OpenCV's 8x8 Lanczos filter."""
+    return fit_frame(pixels, width, height, fit, _lanczos4)
+
+
+def fit_clip(frames: Frame, width: int, height: int, fit: Fit) -> Frame:
+    """Frames (T, H, W, 3) brought to (T, height, width, 3)."""
+    return np.stack([fit_clip_frame(frame, width, height, fit) for frame in frames])
+
+
+def _lanczos4(pixels: Frame, width: int, height: int) -> Frame:
+    resized = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_LANCZOS4)
+    return np.asarray(resized, np.uint8)
