@@ -43,17 +43,21 @@ def read_tensors(paths: Sequence[Path], *, dtype: torch.dtype | None = None, dev
     """
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        try:
-            for key, tensor in _entries(path):
-                if key in tensors:
-                    raise CheckpointError(f"{path}: {key} is already in another file of this checkpoint")
-                tensors[key] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-        except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
+        for key, tensor in _entries(path):
+            if key in tensors:
+                raise CheckpointError(f"{path}: {key} is already in another file of this checkpoint")
+            tensors[key] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     return tensors
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from _read(path)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
+
+
+def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - the handle is not a mapping
