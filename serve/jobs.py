@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, and_, case, delete, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Row, and_, case, delete, func, insert, select, true, update
+from sqlalchemy.exc import IntegrityError
 
 from pusa_dist.request import GenerationRequest
 from serve import tables
@@ -76,6 +77,10 @@ class Job:
     """By content variant: video, thumbnail, spritesheet, frames."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time spent, by stage."""
+    fingerprint: str | None = None
+    """Digest of what was sent, to recognise a create that is sent again."""
+    idempotency_key: str | None = None
+    """What the sender called it; a tenant can use each once."""
 
     @property
     def is_final(self) -> bool:
@@ -83,9 +88,13 @@ class Job:
         return self.status not in ("queued", "in_progress")
 
 
-def new_job_id() -> str:
-    """An id that cannot be guessed."""
-    return f"video_{secrets.token_hex(16)}"
+class DuplicateKeyError(Exception):
+    """The tenant has a job of this idempotency key."""
+
+
+def new_job_id(created_at: float) -> str:
+    """An id that cannot be guessed; ids sort by age, so that one serves as a page's cursor."""
+    return f"video_{int(created_at * 1e6):014x}{secrets.token_hex(10)}"
 
 
 class JobStore:
@@ -113,9 +122,16 @@ class JobStore:
     # Gateway: what a tenant sees and asks.
 
     def create(self, job: Job) -> None:
-        """Keep a new job; when this returns it is on disk."""
-        with self._durable.begin() as connection:
-            connection.execute(insert(jobs).values(asdict(job)))
+        """Keep a new job; when this returns it is on disk.
+
+        Raises:
+            DuplicateKeyError: another job of the tenant has its idempotency key.
+        """
+        try:
+            with self._durable.begin() as connection:
+                connection.execute(insert(jobs).values(asdict(job)))
+        except IntegrityError as error:
+            raise DuplicateKeyError(job.idempotency_key) from error
 
     def get(self, tenant: str, job_id: str) -> Job | None:
         """A tenant's job, or None: another tenant's job does not exist."""
@@ -123,22 +139,25 @@ class JobStore:
             row = connection.execute(select(jobs).where(_owned(tenant, job_id))).one_or_none()
         return None if row is None else _from_row(row)
 
+    def find_by_key(self, tenant: str, idempotency_key: str) -> Job | None:
+        """The tenant's job of this idempotency key."""
+        return self._newest(jobs.c.tenant == tenant, jobs.c.idempotency_key == idempotency_key)
+
+    def find_repeat(self, tenant: str, fingerprint: str, since: float) -> Job | None:
+        """The tenant's newest job of this fingerprint, created at ``since`` or later."""
+        return self._newest(jobs.c.tenant == tenant, jobs.c.fingerprint == fingerprint, jobs.c.created_at >= since)
+
     def page(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
-        """Up to ``limit`` jobs after the job ``after`` by age, and whether there are more."""
+        """Up to ``limit`` jobs beyond the id ``after`` by age, and whether there are more.
+
+        The job ``after`` need not exist (any more).
+        """
         query = select(jobs).where(jobs.c.tenant == tenant)
         if after is not None:
-            last = self.get(tenant, after)
-            if last is None:
-                return [], False
-            beyond, beyond_id = (
-                (jobs.c.created_at > last.created_at, jobs.c.id > last.id)
-                if order == "asc"
-                else (jobs.c.created_at < last.created_at, jobs.c.id < last.id)
-            )
-            query = query.where(or_(beyond, and_(jobs.c.created_at == last.created_at, beyond_id)))
-        by_age = (jobs.c.created_at, jobs.c.id) if order == "asc" else (jobs.c.created_at.desc(), jobs.c.id.desc())
+            query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
+        by_age = jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(*by_age).limit(limit + 1)).all()
+            rows = connection.execute(query.order_by(by_age).limit(limit + 1)).all()
         return [_from_row(row) for row in rows[:limit]], len(rows) > limit
 
     def delete(self, tenant: str, job_id: str) -> Job | None:
@@ -249,6 +268,12 @@ class JobStore:
         wanted = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), jobs.c.cancel_requested.is_not(true()))
         with self._engine.connect() as connection:
             return set(job_ids) - set(connection.execute(wanted).scalars())
+
+    def _newest(self, *conditions: ColumnElement[bool]) -> Job | None:
+        query = select(jobs).where(*conditions).order_by(jobs.c.id.desc()).limit(1)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _from_row(row)
 
     def _report(self, job_id: str, attempt: int, **values: Any) -> bool:
         with self._engine.begin() as connection:

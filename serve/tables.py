@@ -58,10 +58,14 @@ jobs = Table(
     Column("error_message", Text),
     Column("results", JSON, nullable=False),
     Column("seconds", JSON, nullable=False),
+    Column("fingerprint", String(64)),
+    Column("idempotency_key", String(255)),
     # Who runs the attempt, and until when without renewing: the dispatcher's alone, not part of Job.
     Column("owner", String(128)),
     Column("lease_until", Double),
-    Index("jobs_by_tenant", "tenant", "created_at", "id"),
+    Index("jobs_by_tenant", "tenant", "id"),
+    Index("jobs_by_fingerprint", "tenant", "fingerprint"),
+    Index("jobs_by_idempotency_key", "tenant", "idempotency_key", unique=True),
     Index("jobs_by_status", "status", "created_at"),
 )
 

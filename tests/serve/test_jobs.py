@@ -14,7 +14,7 @@ import pytest
 
 from pusa_dist.errors import ConfigError
 from pusa_dist.request import Conditioning, GenerationRequest
-from serve.jobs import Artifact, Job, JobStore, StoredInput, new_job_id
+from serve.jobs import Artifact, Job, JobStore, DuplicateKeyError, StoredInput, new_job_id
 
 LEASE_S = 10.0
 
@@ -79,7 +79,7 @@ def new_job(tenant: str = "a", created_at: float = 1_000.0) -> Job:
     )
     stored = StoredInput(key="jobs/x/inputs/0", content_type="image/png", kind="image", width=4, height=3, num_frames=1)
     return Job(
-        id=new_job_id(),
+        id=new_job_id(created_at),
         tenant=tenant,
         model="debug",
         revision="1",
@@ -124,8 +124,36 @@ def test_pages_join_to_every_job_once_even_when_ages_are_equal(store: JobStore, 
     while has_more:
         page, has_more = store.page("a", seen[-1].id if seen else None, 3, order)  # type: ignore[arg-type]
         seen += page
-    expected = sorted(created, key=lambda job: (job.created_at, job.id), reverse=order == "desc")
+    expected = sorted(created, key=lambda job: job.id, reverse=order == "desc")
     assert seen == expected
+    assert [job.created_at for job in seen] == sorted((job.created_at for job in seen), reverse=order == "desc")
+
+
+def test_a_page_may_start_after_a_job_that_was_deleted(store: JobStore) -> None:
+    first, second = new_job(created_at=1.0), new_job(created_at=2.0)
+    store.create(first)
+    store.create(second)
+    store.delete("a", first.id)
+    assert store.page("a", first.id, 10, "asc") == ([second], False)
+
+
+def test_an_idempotency_key_is_used_once_a_tenant(store: JobStore) -> None:
+    first = replace(new_job("a"), idempotency_key="k", fingerprint="f")
+    store.create(first)
+    store.create(replace(new_job("b"), idempotency_key="k"))
+    with pytest.raises(DuplicateKeyError):
+        store.create(replace(new_job("a"), idempotency_key="k"))
+    assert store.find_by_key("a", "k") == first
+    assert store.find_by_key("a", "other") is None
+
+
+def test_a_repeat_is_found_by_fingerprint_within_its_window(store: JobStore) -> None:
+    old, new = (replace(new_job(created_at=at), fingerprint="f") for at in (1.0, 5.0))
+    store.create(old)
+    store.create(new)
+    assert store.find_repeat("a", "f", since=0.0) == new
+    assert store.find_repeat("a", "f", since=6.0) is None
+    assert store.find_repeat("b", "f", since=0.0) is None
 
 
 def test_a_claim_begins_an_attempt_and_only_one_claimant_wins(store: JobStore) -> None:

@@ -1,0 +1,120 @@
+"""What the API answers when it cannot do what was asked, in the OpenAI shape.
+
+Every answer is ``{"error": {"message", "type", "param", "code"}}``: ``code`` is stable, ``message``
+says what is wrong, with which value, and what to do instead. Translation of the engine's
+``RequestError`` and of the framework's own refusals happens here and nowhere else.
+"""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from pusa_dist.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+
+class ServeError(Exception):
+    """An answer that is not what was asked for.
+
+    All data is passed positionally to ``Exception`` so that it survives pickling across Ray.
+    """
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(status, code, message, param)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def unauthenticated() -> ServeError:
+    """401: no key, or one that is not ours."""
+    return ServeError(
+        401, "invalid_api_key", "no valid API key was given; send the header 'Authorization: Bearer <your key>'"
+    )
+
+
+def video_not_found(video_id: str) -> ServeError:
+    """404: no such job, or another tenant's: the two look alike on purpose."""
+    return ServeError(
+        404, "video_not_found", f"video {video_id!r} does not exist; GET /v1/videos lists those that do", "video_id"
+    )
+
+
+def body_too_large(limit: int) -> ServeError:
+    """413: more bytes than the gateway reads."""
+    return ServeError(
+        413, "body_too_large", f"the body has more than {limit} bytes; send smaller or fewer images and clips"
+    )
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def error_response(error: ServeError) -> JSONResponse:
+    """The answer for an error; tells the stock client not to retry where that is pointless."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    body = ErrorBody(error=ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
+    headers = {}
+    if error.status < 500:  # the client would retry 408, 409 and 429 by itself; asking again changes nothing
+        headers["x-should-retry"] = "false"
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(body.model_dump(), error.status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every refusal, ours and the framework's, the same shape."""
+
+    @app.exception_handler(ServeError)
+    async def _ours(_: Request, error: ServeError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestError)
+    async def _engine(_: Request, error: RequestError) -> JSONResponse:
+        return error_response(ServeError(400, error.code, error.message, error.param))
+
+    @app.exception_handler(RequestValidationError)
+    async def _query(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        message = f"{name}={first.get('input')!r}: {first['msg']}"
+        return error_response(ServeError(400, "invalid_value", message, name))
+
+    @app.exception_handler(HTTPException)
+    async def _framework(request: Request, error: HTTPException) -> JSONResponse:
+        response = error_response(_from_http(request, error))
+        response.headers.update(error.headers or {})
+        return response
+
+
+def _from_http(request: Request, error: HTTPException) -> ServeError:
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return ServeError(404, "unknown_route", f"{where} does not exist; the routes are listed at /openapi.json")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return ServeError(405, "method_not_allowed", f"{where} is not possible; use {allowed}")
+    if error.status_code == 400:  # Starlette's multipart parser
+        return ServeError(400, "invalid_multipart", f"the multipart body cannot be read: {error.detail}")
+    return ServeError(error.status_code, "http_error", str(error.detail))

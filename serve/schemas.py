@@ -1,0 +1,177 @@
+"""Bodies that come in: their shape only (``resolve_request`` decides what the values mean).
+
+Every model is strict and closed: a number in quotes, a misspelt field or a field in the wrong place
+is refused with the name that was probably meant.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from pusa_dist.errors import RequestError
+from pusa_dist.request import ConditioningParams, Fit, RequestParams
+from serve.jobs import Priority
+
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("invalid_text", "it has half a surrogate pair; send valid Unicode") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class Closed(BaseModel):
+    """Base of every part of a body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ConditioningBody(Closed):
+    """One given latent frame."""
+
+    input: int | None = None
+    """Index of the uploaded image or clip; default: the entry's own index, or the only clip."""
+    position: Any = None
+    """Latent frame index, ``"start"``, ``"end"`` or ``{"frame": n}``."""
+    noise_multiplier: float | None = None
+    """0 keeps the frame exactly, 1 ignores it."""
+    source: int | None = None
+    """Clips: which latent of the clip; negative counts from its end. Default: same as position."""
+    fit: Fit | None = None
+    """How the picture is brought to the video's size; default stretch for images, crop for clips."""
+
+
+def _number_or_experts(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or is_number or (isinstance(value, Mapping) and value):
+        return value
+    raise PydanticCustomError("lora_alpha", 'use a number, or one for each expert such as {"high": 1.5, "low": 1.4}')
+
+
+class PusaBody(Closed):
+    """Our own parameters: the JSON part named ``pusa``, or plain fields of a JSON body."""
+
+    conditioning: list[ConditioningBody] = []
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
+    seed: int | None = None
+    negative_prompt: Text | None = None
+    fps: int | None = None
+    num_frames: int | None = None
+    lora_alpha: Annotated[float | dict[str, float] | None, BeforeValidator(_number_or_experts)] = None
+    priority: Priority = "interactive"
+
+
+def _seconds(value: Any) -> Any:
+    """OpenAI's clients send a string; people send numbers."""
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        return float(value)
+    raise PydanticCustomError("seconds", "use a number of seconds such as 2 or 1.5")
+
+
+def _size(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and _SIZE.fullmatch(value)):
+        return value
+    raise PydanticCustomError("invalid_size", "use WIDTHxHEIGHT in pixels, such as 832x480")
+
+
+class VideoBody(Closed):
+    """What is asked for, less its media: the same for a new video and for an extension."""
+
+    prompt: Text
+    model: str | None = None
+    seconds: Annotated[float | None, BeforeValidator(_seconds)] = None
+    size: Annotated[str | None, BeforeValidator(_size)] = None
+    pusa: PusaBody = PusaBody()
+
+    def params(self, seed: int) -> RequestParams:
+        """What was asked, in the engine's words; ``seed`` is used if none was given."""
+        width, height = (int(side) for side in self.size.split("x")) if self.size else (None, None)
+        plain = self.pusa.model_dump(exclude={"conditioning", "priority", "seed"})
+        return RequestParams(
+            prompt=self.prompt,
+            seed=seed if self.pusa.seed is None else self.pusa.seed,
+            width=width,
+            height=height,
+            seconds=self.seconds,
+            conditioning=tuple(ConditioningParams(**entry.model_dump()) for entry in self.pusa.conditioning),
+            **plain,
+        )
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """Check the shape of a body.
+
+        Raises:
+            RequestError: the first field that is unknown, missing or of the wrong type.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            # A misspelt field explains a missing one, so it is named first.
+            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+            raise _explain(first) from error
+
+
+def _explain(error: ErrorDetails) -> RequestError:
+    """A pydantic error as a sentence about a field of the public API."""
+    # A union adds the names of its members behind the field; they mean nothing to a user.
+    loc = tuple(part for part in error["loc"] if isinstance(part, int) or part.isidentifier())
+    if error["loc"][:2] == ("pusa", "lora_alpha"):
+        loc = loc[:2]
+    param = param_name(loc)
+    match error["type"]:
+        case "extra_forbidden":
+            return unknown_field(str(loc[-1]), param, _fields_beside(loc))
+        case "missing":
+            return RequestError(f"{param} is missing; it is required", param, "missing_field")
+        case "invalid_size" as code:
+            pass
+        case _:
+            code = "invalid_type" if error["type"].endswith(("_type", "_parsing")) else "invalid_value"
+    return RequestError(f"{param}={_shortened(error['input'])}: {error['msg']}", param, code)
+
+
+def param_name(loc: Iterable[str | int]) -> str:
+    """A path into a body as users write it: ``pusa.conditioning[0].position``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return text.removeprefix(".")
+
+
+def unknown_field(name: str, param: str, known: list[str]) -> RequestError:
+    """The refusal of a field that does not exist here, with the nearest one that does."""
+    nearest = get_close_matches(name, known, n=1, cutoff=0.5)
+    if "." not in param and name in PusaBody.model_fields:
+        remedy = "send it inside the JSON part 'pusa'"
+    elif name in VideoBody.model_fields:
+        remedy = "it is a field of its own, beside 'pusa'"
+    elif nearest:
+        remedy = f"did you mean {nearest[0]!r}?"
+    else:
+        remedy = f"use {', '.join(known)}"
+    return RequestError(f"unknown field {param!r}; {remedy}", param, "unknown_field")
+
+
+def _fields_beside(loc: tuple[str | int, ...]) -> list[str]:
+    """Names that would have been right where ``loc`` ends."""
+    if loc[:2] == ("pusa", "conditioning"):
+        return list(ConditioningBody.model_fields)
+    return list(PusaBody.model_fields if loc[0] == "pusa" else VideoBody.model_fields)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
