@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from pusa_dist.config import ModelConfig
+from pusa_dist.config import ModelConfig, ParallelConfig
 from pusa_dist.errors import RequestError
 from pusa_dist.geometry import (
     PIXEL_MULTIPLE,
@@ -125,6 +125,22 @@ class RequestParams:
     shift: float | None = None
     lora_alpha: float | Mapping[str, float] | None = None
     conditioning: Sequence[ConditioningParams] = field(default_factory=tuple)
+
+
+def check_request(parallel: ParallelConfig, request: GenerationRequest) -> None:
+    """Raise RequestError if a gang of these degrees cannot run the request.
+
+    Ranks share the tokens of each frame and every rank needs at least one.
+    """
+    tokens = tokens_per_frame(request.height, request.width)
+    if tokens < parallel.sequence_degree:
+        raise RequestError(
+            f"size={request.width}x{request.height}: a frame has {tokens} tokens and {parallel.sequence_degree} ranks "
+            f"share it; use a size of at least {parallel.sequence_degree} tokens ({PIXEL_MULTIPLE}x{PIXEL_MULTIPLE} "
+            "pixels each)",
+            "size",
+            "size_too_small",
+        )
 
 
 def resolve_request(params: RequestParams, inputs: Sequence[MediaInfo], model: ModelConfig) -> GenerationRequest:

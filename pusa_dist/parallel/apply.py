@@ -46,7 +46,8 @@ def parallelize(
         # Imported only here: importing xfuser needs an accelerator.
         from pusa_dist.parallel.xfuser_usp import admitted_usp
 
-        model.attention = admitted_usp(model, mesh, ours)
+        like = model.proj_out.weight
+        model.attention = admitted_usp(mesh, ours, heads, model.config.attention_head_dim, like)
     else:
         raise ConfigError(f"attention={attention!r}: use ours or xfuser")
     return model
