@@ -55,7 +55,7 @@ def initial_latents(
         clean = given[:, index].to(dtype)
         if entry.noise_multiplier > 0:
             share = sigma_start * entry.noise_multiplier
-            start = latents[:, entry.position].float()
+            start = noise[:, entry.position].to(dtype).float()
             clean = ((1 - share) * clean.float() + share * start).to(dtype)
         latents[:, entry.position] = clean
     return latents

@@ -1,0 +1,48 @@
+"""Faults of the public code that we do not repeat, and what is checked in their place.
+
+Fault 2: with every frame given and every multiplier below 1, the public scheduler looks its step up
+from the largest scaled timestep, so several steps resolve to one index. We use the loop's own sigma.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pusa_dist.parity.cases import Case
+
+_KNOWN = {2: "upstream fault 2: checked against the loop's own sigma, not against the recording"}
+
+
+def known_fault(case: Case) -> str | None:
+    """What to say of a recording of a fault; None for a sound one.
+
+    Raises:
+        ValueError: the case records a fault we do not know.
+    """
+    fault = case.description.get("upstream_fault")
+    if fault is None:
+        return None
+    if fault not in _KNOWN:
+        raise ValueError(f"upstream_fault={fault!r} is not known")
+    return _KNOWN[fault]
+
+
+def expected_tables(
+    sigmas: Tensor, model_timesteps: Tensor, num_latent_frames: int, multipliers: Mapping[int, float]
+) -> tuple[Tensor, Tensor]:
+    """Sigma and next sigma (N, F) from the recorded scalar schedule, by loop index.
+
+    Written apart from ``step_tables``, so that the two can be compared.
+
+    Args:
+        sigmas: (N,) recorded.
+        model_timesteps: (N, F) recorded; a given frame that is fed 0 stands still.
+        num_latent_frames: F.
+        multipliers: of each given latent frame.
+    """
+    following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
+    row = torch.tensor([multipliers.get(frame, 1.0) for frame in range(num_latent_frames)])
+    given = torch.tensor([frame in multipliers for frame in range(num_latent_frames)])
+    moves = ~((model_timesteps == 0) & given)
+    return sigmas[:, None] * row * moves, following[:, None] * row * moves
