@@ -52,5 +52,5 @@ class NumericsError(PusaError):
     """A step produced non-finite latents."""
 
 
-class Cancelled(PusaError):
+class Cancelled(PusaError):  # noqa: N818 - not a failure
     """The caller asked for the generation to stop."""
