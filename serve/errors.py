@@ -98,6 +98,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def _query(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
+        if first["type"] == "extra_forbidden":
+            return error_response(ServeError(400, "unknown_field", f"unknown query parameter {name!r}", name))
         message = f"{name}={first.get('input')!r}: {first['msg']}"
         return error_response(ServeError(400, "invalid_value", message, name))
 

@@ -1,0 +1,21 @@
+"""The ASGI application: routes, errors and what every request goes through, around one Gateway."""
+
+from fastapi import FastAPI
+
+from serve.errors import install_error_handlers
+from serve.gateway import Gateway
+from serve.middleware import Authentication, BodyLimit, RequestIds
+from serve.routes import router
+
+
+def create_api(gateway: Gateway) -> FastAPI:
+    """The public API of a gateway; serves alone under any ASGI server, or as a Ray Serve ingress."""
+    app = FastAPI(title="Pusa V1.0 video service", redirect_slashes=False)
+    app.state.gateway = gateway
+    app.include_router(router)
+    install_error_handlers(app)
+    # The last one added is the first one a request meets.
+    app.add_middleware(BodyLimit, max_bytes=gateway.config.uploads.max_body_bytes)
+    app.add_middleware(Authentication, tenants=gateway.tenants)
+    app.add_middleware(RequestIds)
+    return app

@@ -1,0 +1,73 @@
+"""A create that arrives twice makes one job.
+
+The stock client retries a POST by itself and sends no idempotency key, so a lost answer would be paid
+twice. A key, if there is one, decides; without one, only a request that says it is a retry
+(``x-stainless-retry-count`` above 0) is looked up by what it holds. A deliberate second order has
+retry count 0 and is a job of its own.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pusa_dist.errors import RequestError
+from serve.errors import ServeError
+from serve.jobs import Job, JobStore
+from serve.uploads import IncomingBody, Upload
+
+RETRY_WINDOW_S = 900.0
+"""The stock client gives up after ten minutes by default."""
+MAX_KEY_LENGTH = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What identifies a create across retries."""
+
+    fingerprint: str
+    idempotency_key: str | None
+    is_retry: bool
+
+    @classmethod
+    def of(cls, route: str, headers: Mapping[str, str], body: IncomingBody) -> "Origin":
+        """Read it from a request.
+
+        Raises:
+            RequestError: the idempotency key is too long.
+        """
+        key = headers.get("idempotency-key") or None
+        if key is not None and len(key) > MAX_KEY_LENGTH:
+            raise RequestError(
+                f"Idempotency-Key has {len(key)} characters; use at most {MAX_KEY_LENGTH}",
+                "Idempotency-Key",
+                "invalid_idempotency_key",
+            )
+        retries = headers.get("x-stainless-retry-count", "0")
+        return cls(_fingerprint(route, body), key, retries.isdecimal() and int(retries) > 0)
+
+    def earlier_job(self, store: JobStore, tenant: str, now: float) -> Job | None:
+        """The job this request has already made, if it has.
+
+        Raises:
+            ServeError: 409, the idempotency key was used for something else.
+        """
+        if self.idempotency_key is None:
+            return store.find_repeat(tenant, self.fingerprint, now - RETRY_WINDOW_S) if self.is_retry else None
+        job = store.find_by_key(tenant, self.idempotency_key)
+        if job is not None and job.fingerprint != self.fingerprint:
+            raise ServeError(
+                409,
+                "idempotency_key_reused",
+                f"Idempotency-Key {self.idempotency_key!r} made {job.id} from a different request; use a new key",
+                "Idempotency-Key",
+            )
+        return job
+
+
+def _fingerprint(route: str, body: IncomingBody) -> str:
+    """Digest of the parsed request: the multipart boundary changes with every retry, this does not."""
+    digest = hashlib.sha256(json.dumps([route, body.fields], sort_keys=True).encode())
+    for one in body.media:
+        digest.update(hashlib.sha256(one.data if isinstance(one, Upload) else one.id.encode()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""The routes: OpenAI's Videos and Models, ``cancel`` of ours, and health.
+
+Plain ``def`` routes run in worker threads, so nothing that blocks runs on the event loop; bodies are
+read by an ``async`` dependency before.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, Literal, NoReturn
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve.content import Variant, content_response, finished_artifact
+from serve.errors import ErrorBody, ServeError
+from serve.gateway import Gateway
+from serve.jobs import Job
+from serve.repeats import Origin
+from serve.uploads import IncomingBody, read_body
+from serve.views import Model, ModelList, Video, VideoDeleted, VideoList, model_view, page_view, video_view
+
+router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+
+FILE_SUFFIXES: Mapping[Variant, str] = {
+    "video": ".mp4",
+    "thumbnail": ".webp",
+    "spritesheet": ".jpg",
+    "frames": ".zip",
+}
+
+
+async def _gateway(request: Request) -> Gateway:
+    return request.app.state.gateway
+
+
+async def _tenant(request: Request) -> str:
+    return request.state.tenant
+
+
+def _body(media_field: str) -> Callable[[Request], Awaitable[IncomingBody]]:
+    async def read(request: Request) -> IncomingBody:
+        uploads = (await _gateway(request)).config.uploads
+        return await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
+
+    return read
+
+
+TheGateway = Annotated[Gateway, Depends(_gateway)]
+Tenant = Annotated[str, Depends(_tenant)]
+CreateBody = Annotated[IncomingBody, Depends(_body("input_reference"))]
+ExtendBody = Annotated[IncomingBody, Depends(_body("video"))]
+
+
+class ListQuery(BaseModel):
+    """Which page of the videos."""
+
+    model_config = ConfigDict(extra="forbid")
+    after: str | None = None
+    limit: int = Field(20, ge=1, le=100)
+    order: Literal["asc", "desc"] = "desc"
+
+
+class ContentQuery(BaseModel):
+    """Which file of a video."""
+
+    model_config = ConfigDict(extra="forbid")
+    variant: Variant = "video"
+
+
+def _answer(gateway: Gateway, job: Job, response: Response) -> Video:
+    response.headers["openai-poll-after-ms"] = str(gateway.config.poll_after_ms)
+    return video_view(job, gateway.queue_position(job))
+
+
+@router.post("/v1/videos")
+def create_video(gateway: TheGateway, tenant: Tenant, body: CreateBody, request: Request, response: Response) -> Video:
+    """Order a video: multipart or JSON; images and clips as ``input_reference``, our own fields in ``pusa``."""
+    origin = Origin.of("create", request.headers, body)
+    return _answer(gateway, gateway.create(tenant, body, origin), response)
+
+
+@router.post("/v1/videos/extensions")
+def extend_video(gateway: TheGateway, tenant: Tenant, body: ExtendBody, request: Request, response: Response) -> Video:
+    """Order a video that goes on where ``video`` (a file, or ``{"id": ...}``) ends."""
+    origin = Origin.of("extend", request.headers, body)
+    return _answer(gateway, gateway.extend(tenant, body, origin), response)
+
+
+@router.get("/v1/videos")
+def list_videos(gateway: TheGateway, tenant: Tenant, query: Annotated[ListQuery, Query()]) -> VideoList:
+    """Your videos, newest first; the next page begins ``after`` the last id of this one."""
+    return page_view(*gateway.page(tenant, query.after, query.limit, query.order))
+
+
+@router.post("/v1/videos/edits")
+def edit_video() -> NoReturn:
+    """Not offered."""
+    raise _not_offered("edits", "POST /v1/videos with the frames to keep as input_reference and pusa.conditioning")
+
+
+@router.post("/v1/videos/characters")
+def create_character() -> NoReturn:
+    """Not offered."""
+    raise _not_offered("characters", "POST /v1/videos with pictures of the character as input_reference")
+
+
+@router.get("/v1/videos/characters/{character_id}")
+def get_character(character_id: str) -> NoReturn:
+    """Not offered."""
+    raise _not_offered("characters", "POST /v1/videos with pictures of the character as input_reference")
+
+
+@router.post("/v1/videos/{video_id}/remix")
+def remix_video(video_id: str) -> NoReturn:
+    """Not offered."""
+    raise _not_offered("remix", "POST /v1/videos with a new prompt and the same pusa.seed")
+
+
+def _not_offered(what: str, instead: str) -> ServeError:
+    return ServeError(400, "not_supported", f"{what} is not offered here; use {instead}")
+
+
+@router.get("/v1/videos/{video_id}")
+def retrieve_video(gateway: TheGateway, tenant: Tenant, video_id: str, response: Response) -> Video:
+    """A video and how far it is."""
+    return _answer(gateway, gateway.get(tenant, video_id), response)
+
+
+@router.delete("/v1/videos/{video_id}")
+def delete_video(gateway: TheGateway, tenant: Tenant, video_id: str) -> VideoDeleted:
+    """Remove a video and its files; one in progress is cancelled."""
+    gateway.delete(tenant, video_id)
+    return VideoDeleted(id=video_id)
+
+
+@router.post("/v1/videos/{video_id}/cancel")
+def cancel_video(gateway: TheGateway, tenant: Tenant, video_id: str, response: Response) -> Video:
+    """Stop a video at its next step."""
+    return _answer(gateway, gateway.cancel(tenant, video_id), response)
+
+
+@router.get("/v1/videos/{video_id}/content", response_class=Response)
+def download_video(
+    gateway: TheGateway,
+    tenant: Tenant,
+    video_id: str,
+    query: Annotated[ContentQuery, Query()],
+    range_header: Annotated[str | None, Header(alias="range")] = None,
+    if_range: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The bytes of a finished video, or a redirect to them."""
+    artifact = finished_artifact(gateway.get(tenant, video_id), query.variant)
+    filename = f"{video_id}{FILE_SUFFIXES[query.variant]}"
+    return content_response(gateway.artifacts, artifact, filename, range_header, if_range)
+
+
+@router.get("/v1/models")
+def list_models(gateway: TheGateway) -> ModelList:
+    """What is served, with its limits and defaults."""
+    return ModelList(data=[_model(gateway)])
+
+
+@router.get("/v1/models/{name}")
+def retrieve_model(gateway: TheGateway, name: str) -> Model:
+    """One model, with its limits and defaults."""
+    gateway.check_model(name)
+    return _model(gateway)
+
+
+def _model(gateway: Gateway) -> Model:
+    uploads = gateway.config.uploads
+    limits = {"max_body_bytes": uploads.max_body_bytes, "max_inputs": uploads.max_inputs}
+    return model_view(gateway.model, limits, int(gateway.started_at))
+
+
+@router.get("/health")
+async def health(gateway: TheGateway) -> JSONResponse:
+    """200 when every deployment is ready, else 503; the body says which is not."""
+    deployments: Mapping[str, Mapping[str, Any]] = await gateway.readiness()
+    ready = all(facts["ready"] for facts in deployments.values())
+    body = {"status": "ready" if ready else "starting", "model": gateway.model.name, "deployments": deployments}
+    return JSONResponse(body, 200 if ready else 503)
