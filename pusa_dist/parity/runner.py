@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from pusa_dist.parity import forward, sampler, scheduler
+from pusa_dist.parity import forward, lora, preprocess, sampler, scheduler, vae
 from pusa_dist.parity.cases import Case, CaseFolder
 from pusa_dist.parity.verdict import Check, Report
 
@@ -18,6 +18,9 @@ CHECKS: Mapping[str, Callable[[Case], Report]] = MappingProxyType(
         "forward": forward.check,
         "sampler": sampler.check,
         "scheduler": scheduler.check,
+        "lora": lora.check,
+        "vae": vae.check,
+        "preprocess": preprocess.check,
     }
 )
 NOT_COVERED = ("training",)

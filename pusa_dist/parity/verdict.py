@@ -88,7 +88,7 @@ class Tolerance:
                 words.append(key.removesuffix("_tensors"))
             elif match and (match["subject"] or "") in ("", *subjects) and not isinstance(value, bool):
                 limits.setdefault(match["subject"] or "", {})[match["measure"]] = float(value)
-            elif key != "informational":
+            elif key != "informational" and not isinstance(value, str):  # a sentence is a remark
                 raise ValueError(f"its tolerance {key}={value!r} is not understood")
         return cls(limits, stated.get("informational") is True, tuple(words))
 

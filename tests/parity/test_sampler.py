@@ -1,0 +1,97 @@
+"""Denoising loops against recorded ones: the sampler by itself, then with the transformer."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pusa_dist.parity.cases import CaseFolder
+from pusa_dist.parity.sampler import initial_state, run_to_end
+from pusa_dist.sampler import advance
+from pusa_dist.state import GenerationState
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+FP32 = ["t2v", "i2v_mult0", "i2v_mult0p2", "start_end_81f", "v2v_extension", "wan22_i2v"]
+EVERY = [*FP32, "start_end_bf16"]
+
+
+def recorded_case(name):
+    return next(case for case in CaseFolder(GOLDENS).cases if case.name == name)
+
+
+def test_every_recorded_loop_is_tested_here():
+    listed = json.loads((GOLDENS / "manifest.json").read_text())["cases"]
+    assert sorted(EVERY) == sorted(entry["name"] for entry in listed if entry["kind"] == "sampler")
+
+
+def recorded_velocity(state, recorded, *inputs):
+    assert torch.equal(inputs[1][0], recorded["model_timesteps"][state.step].float())
+    return recorded["noise_pred"][state.step].unsqueeze(0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_fed_the_recorded_velocities_the_sampler_repeats_every_latent_bit_for_bit(name):
+    case = recorded_case(name)
+    recorded, state = case.tensors, initial_state(case)
+    assert torch.equal(state.latents, recorded["latents_init"][0])
+    assert state.latents.dtype == recorded["latents_init"].dtype
+    while not state.is_final:
+        (state,) = advance([state], partial(recorded_velocity, state, recorded))
+        assert torch.equal(state.latents, recorded["latents_steps"][state.step - 1]), state.step
+    assert torch.equal(state.latents, recorded["final"][0])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_resumed_from_bytes_after_every_step_the_end_is_the_recorded_one(name):
+    case = recorded_case(name)
+    state = initial_state(case)
+    while not state.is_final:
+        state = GenerationState.from_bytes(state.to_bytes())
+        (state,) = advance([state], partial(recorded_velocity, state, case.tensors))
+    assert torch.equal(state.latents, case.tensors["final"][0])
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_with_the_transformer_the_latents_of_every_step_are_the_recorded_ones(name):
+    case = recorded_case(name)
+    state = initial_state(case)
+    assert torch.equal(state.tables.model_timesteps, case.tensors["model_timesteps"])
+    assert torch.equal(state.tables.sigma, case.tensors["sigma"])
+    assert torch.equal(state.tables.sigma_next, case.tensors["sigma_next"])
+    run = run_to_end(case.model(), state)
+    # The tolerance of the recordings; ours are within 1e-5.
+    torch.testing.assert_close(torch.stack(run.latents), case.tensors["latents_steps"], rtol=0, atol=1e-4)
+
+
+def test_in_bf16_the_timesteps_are_exact_and_the_end_is_close():
+    case = recorded_case("start_end_bf16")
+    state = initial_state(case)
+    assert torch.equal(state.tables.model_timesteps, case.tensors["model_timesteps"].float())
+    ours, recorded = run_to_end(case.model(), state).latents[-1], case.tensors["final"][0]
+    tolerance = case.description["tolerance"]
+    assert (ours - recorded).abs().mean() <= tolerance["mean_abs"]
+    assert torch.cosine_similarity(ours.flatten(), recorded.flatten(), dim=0) >= tolerance["min_cosine"]
+
+
+def test_the_clean_first_frame_comes_back_bit_equal():
+    case = recorded_case("i2v_mult0")
+    final = run_to_end(case.model(), initial_state(case)).latents[-1]
+    assert torch.equal(final[:, 0], case.tensors["cond_latents"][0, :, 0])
+
+
+def test_two_experts_take_turns_as_recorded():
+    case = recorded_case("wan22_i2v")
+    assert list(initial_state(case).experts) == case.description["experts_per_step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [("i2v_mult0p2", {"noise_multipliers": [0.3]}), ("t2v", {"shift": 4.0}), ("v2v_extension", {"cfg_scale": 3.1})],
+)
+def test_a_wrong_setting_would_be_noticed(name, mistake):
+    case = recorded_case(name)
+    case.__dict__["description"] = {**case.description, **mistake}
+    run = run_to_end(case.model(), initial_state(case))
+    assert (torch.stack(run.latents) - case.tensors["latents_steps"]).abs().max() > 1e-2
