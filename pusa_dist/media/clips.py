@@ -15,6 +15,8 @@ from pusa_dist.request import Fit
 
 # Demuxers by name, so that bytes cannot pose as a playlist that makes FFmpeg open other files or addresses.
 MP4_DEMUXER, WEBM_DEMUXER = "mov", "matroska"
+# What cameras, phones, browsers and editors write.
+CLIP_CODECS = ("h264", "hevc", "vp8", "vp9", "libvpx-vp9", "av1", "libdav1d", "mpeg4", "mjpeg", "prores")
 EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 
 
@@ -23,9 +25,16 @@ def demuxer_of(data: bytes) -> str:
     return WEBM_DEMUXER if data.startswith(EBML_MAGIC) else MP4_DEMUXER
 
 
-def open_clip(data: bytes) -> "av.container.InputContainer":
-    """Open a clip for reading; what FFmpeg does not understand raises ``av.FFmpegError``."""
-    return av.open(io.BytesIO(data), mode="r", format=demuxer_of(data), metadata_errors="ignore")
+def open_clip(data: bytes, ignore_edits: bool = False) -> "av.container.InputContainer":
+    """Open a clip for reading; what FFmpeg does not understand raises ``av.FFmpegError``.
+
+    Args:
+        data: a whole file.
+        ignore_edits: MP4: also give the samples that an edit list hides from players.
+    """
+    demuxer = demuxer_of(data)
+    options = {"ignore_editlist": "1"} if ignore_edits and demuxer == MP4_DEMUXER else {}
+    return av.open(io.BytesIO(data), mode="r", format=demuxer, options=options, metadata_errors="ignore")
 
 
 def video_streams(container: "av.container.InputContainer") -> list["av.VideoStream"]:

@@ -11,9 +11,9 @@ from pusa_dist.errors import RequestError
 from pusa_dist.media.frames import Frame, fit_frame
 from pusa_dist.request import Fit
 
-# What Pillow raises on bytes that begin like an image and are none: its plugins parse with struct, slices and zlib.
+# What Pillow raises on bytes that only begin like an image: its plugins parse with struct, slices and zlib.
 BROKEN_IMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 

@@ -11,6 +11,7 @@ Letters: B batch, C latent channels, F latent frames, h w latent size, T pixel f
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
@@ -36,7 +37,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor, tile: Size | None = None, tile_
     """
     stop = video.shape[2] - (video.shape[2] - 1) % TEMPORAL_STRIDE
     bounds = [0, *range(1, stop + 1, TEMPORAL_STRIDE)]
-    chunks = (video[:, :, start:end] for start, end in zip(bounds, bounds[1:], strict=False))
+    chunks = (video[:, :, start:end] for start, end in pairwise(bounds))
     return torch.cat(list(encode_chunks(vae, chunks, tile, tile_stride)), dim=2)
 
 
