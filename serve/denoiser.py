@@ -17,7 +17,7 @@ from serve.config import DenoiserConfig
 from serve.gang import Gang
 from serve.policy.step_deadline import StepShape, deadline, observed
 from serve.policy.steps import Resident, next_step
-from serve.stages import Finished, GangUnavailable, Progress, TensorRef
+from serve.stages import Finished, GangUnavailableError, Progress, TensorRef
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ class Denoiser:
 
         Raises:
             GangError: the gang was lost while it held the job.
-            GangUnavailable: the gang had been lost before.
+            GangUnavailableError: the gang had been lost before.
             PusaError: the job's own error, such as NumericsError.
         """
         if self._gang.error is not None:
-            raise GangUnavailable(f"the gang is being replaced: {self._gang.error}")
+            raise GangUnavailableError(f"the gang is being replaced: {self._gang.error}")
         self._start()
         resident = _Resident(job_id, request, (context, negative_context, given), self._num_arrivals)
         self._num_arrivals += 1
@@ -91,7 +91,7 @@ class Denoiser:
             resident.is_gone = True
             self._changed.set()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Raise if the gang is lost or the loop has died: Serve then replaces the replica."""
         self._start()
         self._gang.check()
@@ -124,7 +124,7 @@ class Denoiser:
         error = str(self._gang.error)
         for resident in self._residents:
             # A job that had not been admitted did not bring the gang down.
-            resident.messages.put_nowait(GangError(error) if resident.is_admitted else GangUnavailable(error))
+            resident.messages.put_nowait(GangError(error) if resident.is_admitted else GangUnavailableError(error))
         self._residents.clear()
 
     async def _drop_gone(self) -> None:

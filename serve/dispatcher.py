@@ -18,7 +18,7 @@ from pusa_dist.errors import GangError, NumericsError, PusaError, RequestError
 from serve.artifacts import ArtifactStore
 from serve.jobs import Artifact, Job, JobStore, Stage
 from serve.policy.order import Waiting, in_order
-from serve.stages import Finished, GangUnavailable, ReplicaLost, Stages, TensorRef
+from serve.stages import Finished, GangUnavailableError, ReplicaLostError, Stages, TensorRef
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Dispatcher:
             if attempt.stop is None:  # the dispatcher is closing
                 raise
             return await self._stopped(attempt)
-        except Exception as error:  # the boundary of a job: every way it can fail is given a code here
+        except Exception as error:  # noqa: BLE001 - the boundary of a job: every way it can fail gets a code here
             if deadline.expired():
                 message = f"not finished within {self._job_deadline_s:g} s of its creation; try again later"
                 return await self._failed(job, "deadline_exceeded", message)
@@ -236,7 +236,7 @@ class Dispatcher:
                 if isinstance(message, Finished):
                     return message.latents
                 attempt.step, attempt.is_reported = message.step, False
-        raise ReplicaLost("the denoiser ended its stream without a result")
+        raise ReplicaLostError("the denoiser ended its stream without a result")
 
     @contextmanager
     def _stage(self, attempt: _Attempt, stage: Stage) -> Any:
@@ -261,11 +261,11 @@ class Dispatcher:
                 message = f"the gang that held the job was lost {MAX_GANG_DEATHS} times, last: {error}"
                 return await self._failed(job, "gang_died_twice", message)
             return await self._again(job, "gang_lost", error, gang_died=True)
-        if isinstance(error, ReplicaLost) and job.attempt < MAX_ATTEMPTS:
-            if isinstance(error, GangUnavailable):
+        if isinstance(error, ReplicaLostError) and job.attempt < MAX_ATTEMPTS:
+            if isinstance(error, GangUnavailableError):
                 await asyncio.sleep(1.0)  # its replacement is on the way
             return await self._again(job, "replica_lost", error, gang_died=False)
-        if isinstance(error, ReplicaLost):
+        if isinstance(error, ReplicaLostError):
             return await self._failed(
                 job, "replica_lost", f"processes were lost in {job.attempt} attempts, last: {error}"
             )

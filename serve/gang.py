@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -18,13 +18,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pusa_dist.errors import GangError, PusaError
 from pusa_dist.request import GenerationRequest
-from pusa_dist.worker import Worker
 from serve.config import DenoiserConfig
-from serve.stages import ReplicaLost
+from serve.stages import ReplicaLostError
+
+if TYPE_CHECKING:
+    from pusa_dist.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-MakeWorker = Callable[[], Worker]
+MakeWorker: TypeAlias = "Callable[[], Worker]"
 
 AGREEMENT_S = 5.0
 """When one rank fails, how long the others have to fail in the same way: an error of the job hits all."""
@@ -105,7 +107,7 @@ class Gang:
 
         Raises:
             PusaError: what the call raised, on every rank alike; the gang goes on.
-            ReplicaLost: a tensor among the arguments is gone.
+            ReplicaLostError: a tensor among the arguments is gone.
             GangError: anything else, or ``deadline_s`` passed; the gang is lost.
         """
         self.check()
@@ -156,7 +158,7 @@ class Gang:
         done, late = await asyncio.wait(_tasks(pings), timeout=timeout_s)
         _abandon(late)
         if (error := _first_error(done)) is not None:
-            self.lose(f"a rank died while idle: {error}")
+            self.lose(f"a rank died while idle: {type(error).__name__}")
         elif late and calls_before == self._num_calls:
             self.lose(f"{len(late)} of {len(pings)} idle ranks did not answer within ping_timeout_s={timeout_s:g}")
 
@@ -168,7 +170,7 @@ class Gang:
             done, late = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
             if late and _first_error(done) is not None:
                 if self._died(done):
-                    raise self.lose(f"{what}: {_first_error(done)}")
+                    raise self.lose(f"a rank died in {what}")
                 _, late = await asyncio.wait(late, timeout=AGREEMENT_S)
         finally:
             self._num_in_flight -= 1
@@ -189,11 +191,11 @@ class Gang:
         causes = [error.cause if isinstance(error, RayTaskError) else error for error in errors]
         first = next(cause for cause in causes if cause is not None)
         if isinstance(first, ObjectLostError):  # only while tensors are fetched: nothing has run
-            return ReplicaLost(f"{what}: a tensor of the job is lost: {first}")
+            return ReplicaLostError(f"{what}: a tensor of the job is lost: {first}")
         # All ranks compute the same values, so an error of the job is raised by each of them.
         if isinstance(first, PusaError) and all(type(cause) is type(first) for cause in causes):
             return first
-        return self.lose(f"{what}: {first!r}")
+        return self.lose(f"a rank died in {what}" if isinstance(first, RayActorError) else f"{what}: {first!r}")
 
 
 def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index: int) -> Any:
@@ -202,7 +204,7 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         if placement is None
         else PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
     )
-    return ray.remote(Rank).options(
+    make_actor: Any = ray.remote(
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
         resources=config.resources,
@@ -211,6 +213,7 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         concurrency_groups={"ping": 1},
         scheduling_strategy=strategy,
     )
+    return make_actor(Rank)
 
 
 def _tasks(refs: Sequence[Any]) -> "list[asyncio.Task[Any]]":

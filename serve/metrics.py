@@ -19,9 +19,7 @@ class JobMetrics:
         self._requeued = Counter(
             "video_jobs_requeued", description="Attempts given up and put back in the queue.", tag_keys=("reason",)
         )
-        self._depth = Gauge(
-            "video_queue_depth", description="Jobs by status: queued, in_progress.", tag_keys=("status",)
-        )
+        self._depth = Gauge("video_queue_depth", description="Jobs queued and in progress.", tag_keys=("status",))
         self._stage = Histogram(
             "video_stage_seconds",
             description="Seconds of a job in a stage.",

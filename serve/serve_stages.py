@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from pusa_dist.errors import GangError, PusaError
 from pusa_dist.request import GenerationRequest
 from serve.jobs import Artifact, Job
-from serve.stages import Finished, Progress, ReplicaLost, TensorRef
+from serve.stages import Finished, Progress, ReplicaLostError, TensorRef
 
 _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
 
@@ -75,10 +75,10 @@ async def _result(response: Any) -> Any:
 
 
 def _translated(error: Exception) -> Exception:
-    """The engine's own error as it was raised, ReplicaLost for a lost process or tensor, else the error itself."""
+    """The engine's own error as it was raised, ReplicaLostError for a lost process or tensor, else the error itself."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, PusaError):
         return cause
     if isinstance(cause, _LOST):
-        return ReplicaLost(f"{type(cause).__name__}: {cause}")
+        return ReplicaLostError(f"{type(cause).__name__}: {cause}")
     return error

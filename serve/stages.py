@@ -13,11 +13,11 @@ from pusa_dist.request import GenerationRequest
 from serve.jobs import Artifact, Job
 
 
-class ReplicaLost(PusaError):
+class ReplicaLostError(PusaError):
     """A process that held the job, or a tensor of it, is gone; running the job again may well work."""
 
 
-class GangUnavailable(ReplicaLost):
+class GangUnavailableError(ReplicaLostError):
     """The job came to a gang that had already been given up; nothing of it ran there."""
 
 
@@ -51,7 +51,7 @@ class Finished:
 class Stages(Protocol):
     """What a job goes through.
 
-    Every method may raise ReplicaLost, or the engine's own errors; cancelling the call (or closing the
+    Every method may raise ReplicaLostError, or the engine's own errors; cancelling the call (or closing the
     generator) stops the work.
     """
 
@@ -75,7 +75,7 @@ class Stages(Protocol):
 
         Raises:
             GangError: the gang was lost while it held the job.
-            GangUnavailable: the gang had been lost before.
+            GangUnavailableError: the gang had been lost before.
         """
         ...
 

@@ -4,7 +4,6 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import ray
-from pusa_dist.prompt_encoder import PromptEncoder
 
 from pusa_dist.config import ModelConfig
 from serve.stages import TensorRef
@@ -14,6 +13,8 @@ class TextEncoder:
     """Embeds prompts on a thread of its own, so that the replica always answers Serve."""
 
     def __init__(self, model: ModelConfig, device: str, weights_root: str | None) -> None:
+        from pusa_dist.prompt_encoder import PromptEncoder  # torch stays out of the other roles
+
         self._encoder = PromptEncoder(model, device, weights_root)
         self._thread = ThreadPoolExecutor(1, "text")
 

@@ -9,17 +9,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
-from torch import Tensor
 
 from pusa_dist.config import ModelConfig
-from pusa_dist.errors import Cancelled
+from pusa_dist.errors import Cancelled, PusaError
+from pusa_dist.media.frames import Frame
 from pusa_dist.media.mp4 import Mp4Writer
-from pusa_dist.media.stills import FramesZip, spritesheet, thumbnail
+from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.request import GenerationRequest
-from pusa_dist.video_codec import VideoCodec
 from serve.artifacts import ArtifactStore
 from serve.jobs import Artifact
 from serve.stages import TensorRef
@@ -28,14 +25,14 @@ T = TypeVar("T")
 
 NUM_THREADS = 2
 """Calls at once: a short encode need not wait for a long decode."""
-SHEET_FRAMES = 16
-"""Frames of the spritesheet at most, evenly spaced."""
 
 
 class Vae:
     """Encodes and decodes on threads, so that the replica always answers Serve."""
 
     def __init__(self, model: ModelConfig, device: str, weights_root: str | None, artifacts_url: str) -> None:
+        from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
+
         self._codec = VideoCodec(model, device, weights_root)
         self._artifacts = ArtifactStore(artifacts_url)
         self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
@@ -54,7 +51,7 @@ class Vae:
         self, job_id: str, attempt: int, request: GenerationRequest, latents: TensorRef
     ) -> dict[str, Artifact]:
         """Write the attempt's files to the artifact store; returns them by content variant."""
-        values: Tensor = await latents.ref
+        values = await latents.ref
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
@@ -84,9 +81,7 @@ class Vae:
             stopped.set()  # after a cancellation the thread goes on: it stops at its next check
 
 
-def write_files(
-    folder: Path, request: GenerationRequest, chunks: Iterator[NDArray[np.uint8]]
-) -> dict[str, tuple[Path, str]]:
+def write_files(folder: Path, request: GenerationRequest, chunks: Iterator[Frame]) -> dict[str, tuple[Path, str]]:
     """Write a video's files as its frames come; memory does not grow with the video.
 
     Args:
@@ -103,23 +98,22 @@ def write_files(
         "spritesheet": (folder / "spritesheet.jpg", "image/jpeg"),
         "frames": (folder / "frames.zip", "application/zip"),
     }
-    kept = set(np.linspace(0, request.num_frames - 1, min(SHEET_FRAMES, request.num_frames)).round().astype(int))
-    sheet: list[NDArray[np.uint8]] = []
-    index = 0
+    sheet, first = SpriteSheet(request.num_frames), None
     with ExitStack() as stack:
         video = stack.enter_context(closing(Mp4Writer(files["video"][0], request.width, request.height, request.fps)))
         lossless = stack.enter_context(closing(FramesZip(files["frames"][0])))
         for chunk in chunks:
-            video.write(chunk)
-            lossless.write(chunk)
-            sheet += [frame for n, frame in enumerate(chunk, index) if n in kept]
-            index += len(chunk)
-    files["thumbnail"][0].write_bytes(thumbnail(sheet[0]))
-    files["spritesheet"][0].write_bytes(spritesheet(sheet))
+            for writer in (video, lossless, sheet):
+                writer.write(chunk)
+            first = chunk[0] if first is None else first
+    if first is None:
+        raise PusaError("the VAE decoded no frames")
+    files["thumbnail"][0].write_bytes(thumbnail(first))
+    files["spritesheet"][0].write_bytes(sheet.to_jpeg())
     return files
 
 
-def _checked(frames: Iterator[NDArray[np.uint8]], check: Callable[[], None]) -> Iterator[NDArray[np.uint8]]:
+def _checked(frames: Iterator[Frame], check: Callable[[], None]) -> Iterator[Frame]:
     for chunk in frames:
         check()
         yield chunk

@@ -1,0 +1,138 @@
+"""``python -m serve``: a Ray of its own and the whole service in it, until Ctrl-C."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pusa_dist.errors import ConfigError
+from serve.config import ServeConfig
+
+APP_NAME = "pusa"
+_MIN_CPUS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service; returns the exit code: 2 for a configuration that cannot work."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = read_config(options)
+        return _serve(config, options.host, options.port)
+    except ConfigError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+
+
+def read_config(options: argparse.Namespace) -> ServeConfig:
+    """The configuration of the command line: a file, then its overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting cannot work.
+    """
+    values = {} if options.config is None else _application_args(Path(options.config))
+    overrides = {"model": options.model, "state_dir": options.state, "weights_root": options.weights}
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        config = ServeConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {first['msg']} (given: {first['input']!r})") from error
+    config.load_model()
+    return config
+
+
+def _application_args(path: Path) -> dict[str, Any]:
+    """``args`` of the only application in a Serve config file, or the whole file when it has no applications."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path}: expected a mapping of settings, got {type(values).__name__}")
+    if "applications" not in values:
+        return values
+    applications = values["applications"]
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ConfigError(f"configuration {path}: expected exactly one application")
+    return dict(applications[0].get("args") or {})
+
+
+def _serve(config: ServeConfig, host: str, port: int) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    Path(config.state_dir).mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    _set_environment()
+    import ray  # after the environment, which Ray reads when it is imported
+    from ray import serve as ray_serve
+
+    from serve.app import build_app, require_loopback
+
+    require_loopback(config, host)
+    # A short path: the sockets in it may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        ray.init(
+            num_cpus=max(_MIN_CPUS, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )
+        try:
+            ray_serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port},
+                logging_config={"log_level": "WARNING"},
+            )
+            try:
+                ray_serve.run(build_app(config), name=APP_NAME, blocking=False)
+            except RuntimeError as error:
+                print(f"serve: {error}", *_reasons(ray_serve.status()), sep="\n", file=sys.stderr)
+                return 1
+            print(
+                f"ready: http://{host}:{port} (model {config.model}, {time.perf_counter() - started:.1f} s)", flush=True
+            )
+            stop.wait()
+            print("stopping", flush=True)
+        finally:
+            ray_serve.shutdown()
+            ray.shutdown()
+    return 0
+
+
+def _reasons(status: Any) -> list[str]:
+    """What the deployments that are not healthy say of themselves."""
+    deployments = status.applications[APP_NAME].deployments
+    return [f"{name}: {one.message}" for name, one in deployments.items() if one.status != "HEALTHY"]
+
+
+def _set_environment() -> None:
+    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
+    os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="serve", description="Serve video generation over HTTP.")
+    parser.add_argument("--model", help="name or path of a model's configuration (default: debug)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--state", metavar="DIR", help="folder of the database and artifacts (default: state)")
+    parser.add_argument("--config", metavar="FILE", help="Serve config file, such as configs/serve/production.yaml")
+    parser.add_argument("--weights", metavar="DIR", help="folder of the model's weights")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

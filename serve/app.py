@@ -1,0 +1,235 @@
+"""The application: every role's plain class made a Ray Serve deployment, placed as the configuration says.
+
+The only file that knows Ray Serve's options. What each role is given is what it may touch: only the
+gateway and the dispatcher get the database's URL.
+"""
+
+import asyncio
+import functools
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle
+
+from pusa_dist.config import ModelConfig
+from pusa_dist.errors import ConfigError
+from serve.artifacts import ArtifactStore
+from serve.config import DenoiserConfig, RoleConfig, ServeConfig, require_shared_stores
+from serve.denoiser import Denoiser
+from serve.dispatcher import Dispatcher
+from serve.gang import Gang, MakeWorker
+from serve.jobs import JobStore
+from serve.metrics import GangMetrics, JobMetrics
+from serve.serve_stages import ServeStages
+from serve.text_encoder import TextEncoder
+from serve.vae import NUM_THREADS, Vae
+
+if TYPE_CHECKING:
+    from pusa_dist.worker import Worker
+
+GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER = "Gateway", "Dispatcher", "TextEncoder", "Vae", "Denoiser"
+ROLES = (GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER)
+
+# A lost process is found within seconds; a busy one answers in time because no role computes on its loop.
+_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class GatewayReplica:
+    """The HTTP ingress; see ``serve.gateway``."""
+
+    def __init__(self, config: ServeConfig, dispatcher: DeploymentHandle) -> None:
+        from serve.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
+
+        check_cluster(config)
+        self._dispatcher = dispatcher  # binds the dispatcher, and all behind it, into the application
+        self._gateway = Gateway(config, functools.partial(readiness, ray_serve.get_replica_context().app_name))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """What Ray Serve asks for after construction."""
+        from serve.api import create_api
+
+        return create_api(self._gateway)
+
+
+class DispatcherReplica:
+    """The dispatcher over the handles of the other roles; see ``serve.dispatcher``."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        precision: str,
+        text_encoder: DeploymentHandle,
+        vae: DeploymentHandle,
+        denoiser: DeploymentHandle,
+    ) -> None:
+        check_cluster(config)
+        self._store = JobStore(config.resolved_database_url)
+        self._store.create_tables()
+        num_gangs = config.denoiser.max_replicas or config.denoiser.num_replicas
+        self._dispatcher = Dispatcher(
+            self._store,
+            ArtifactStore(config.resolved_artifacts_url),
+            ServeStages(text_encoder, vae, denoiser),
+            JobMetrics(),
+            window=num_gangs * config.denoiser.max_resident + 1,
+            precision=precision,
+            job_deadline_s=config.job_deadline_s,
+        )
+        self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
+
+    async def check_health(self) -> None:
+        """Raise if the loop has ended."""
+        if self._running.done():
+            self._running.result()
+
+    async def __del__(self) -> None:
+        """Drain: Ray Serve awaits this before it ends the replica."""
+        await self._dispatcher.close()
+        await self._running
+        self._store.close()
+
+
+class DenoiserReplica(Denoiser):
+    """The coordinator, in the same placement group as its ranks; see ``serve.denoiser``."""
+
+    def __init__(self, config: DenoiserConfig, make_worker: MakeWorker) -> None:
+        self._metrics = GangMetrics()
+        gang = Gang(config, make_worker, ray.util.get_current_placement_group())
+        self.pids = gang.start()
+        super().__init__(config, gang, self._metrics.step)
+
+    async def rank_pids(self) -> list[int]:
+        """Process ids of the ranks, for operators and tests."""
+        return self.pids
+
+
+def build_app(args: ServeConfig) -> ray_serve.Application:
+    """The application of a configuration: ``import_path: serve.app:build_app`` of a Serve config file.
+
+    Raises:
+        ConfigError: settings that cannot work, or stores that not every node of the cluster can reach.
+    """
+    model = args.load_model()
+    return application(args, functools.partial(new_worker, model, args.denoiser, args.weights_root))
+
+
+def new_worker(model: ModelConfig, config: DenoiserConfig, weights_root: str | None) -> "Worker":
+    """A rank's worker, in the rank's process."""
+    from pusa_dist.worker import Worker, WorkerOptions  # torch stays out of the other roles
+
+    options = WorkerOptions(
+        device=config.device,
+        threads=config.threads_per_rank,
+        weights_root=weights_root,
+        timeout_s=config.start_timeout_s,
+        attention=config.attention,
+    )
+    return Worker(model, config.parallel, options)
+
+
+def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Application:
+    """The application with a given worker in its ranks; see ``build_app``."""
+    model = config.load_model()
+    if ray.is_initialized():
+        require_shared_stores(config, num_alive_nodes())
+    weights = config.weights_root
+    text_encoder = _deployment(TextEncoder, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
+        model, config.text_encoder.device, weights
+    )
+    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=NUM_THREADS).bind(
+        model, config.vae.device, weights, config.resolved_artifacts_url
+    )
+    denoiser = _gang_deployment(config).bind(config.denoiser, make_worker)
+    dispatcher = _deployment(DispatcherReplica, DISPATCHER, config.dispatcher, graceful_shutdown_timeout_s=20.0).bind(
+        config, model.precision_on(config.denoiser.device), text_encoder, vae, denoiser
+    )
+    ingress: Any = ray_serve.ingress()(GatewayReplica)
+    return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=200).bind(config, dispatcher)
+
+
+def check_cluster(config: ServeConfig) -> None:
+    """Refuse, from inside the cluster, what would expose or lose something.
+
+    Raises:
+        ConfigError: stores that not every node can reach, or an open service without keys.
+    """
+    require_shared_stores(config, num_alive_nodes())
+    host = ray_serve.context._get_global_client().http_config.host
+    require_loopback(config, host)
+
+
+def require_loopback(config: ServeConfig, host: str | None) -> None:
+    """Refuse to serve the network when nobody needs a key.
+
+    Args:
+        config: of the application.
+        host: where Ray Serve listens; None: nowhere.
+    """
+    if config.keys_file is None and host is not None and host not in _LOOPBACK:
+        raise ConfigError(
+            f"http host {host} is reachable from the network, but no keys are configured; "
+            "set keys_file, or serve on 127.0.0.1"
+        )
+
+
+def num_alive_nodes() -> int:
+    """Nodes of the Ray cluster that are up."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+async def readiness(app_name: str) -> dict[str, bool]:
+    """Whether each role has all its replicas up."""
+    status = await asyncio.to_thread(ray_serve.status)
+    deployments = status.applications[app_name].deployments
+    return {role: role in deployments and deployments[role].status == "HEALTHY" for role in ROLES}
+
+
+def _deployment(cls: Any, name: str, role: RoleConfig, **options: Any) -> Any:
+    options = {**_HEALTH, "graceful_shutdown_timeout_s": 600.0, **_scale(role, options), **options}
+    return ray_serve.deployment(name=name, ray_actor_options=_actor_options(role), **options)(cls)
+
+
+def _gang_deployment(config: ServeConfig) -> Any:
+    role = config.denoiser
+    bundle = {
+        **{name: amount for name, amount in (("CPU", role.num_cpus), ("GPU", role.num_gpus)) if amount},
+        **role.resources,
+    }
+    if not bundle:
+        raise ConfigError("denoiser: num_cpus, num_gpus and resources are all empty; a rank must ask for something")
+    world_size = role.parallel.world_size
+    options: dict[str, Any] = {"max_ongoing_requests": role.max_resident}
+    if role.label_selector:
+        options["placement_group_bundle_label_selector"] = [role.label_selector] * world_size
+    return ray_serve.deployment(
+        name=DENOISER,
+        ray_actor_options={"num_cpus": 0},  # the coordinator only waits; it sits beside rank 0
+        placement_group_bundles=[bundle] * world_size,
+        placement_group_strategy="STRICT_SPREAD" if role.spread else "STRICT_PACK",
+        graceful_shutdown_timeout_s=config.job_deadline_s,
+        **_HEALTH,
+        **_scale(role, options),
+        **options,
+    )(DenoiserReplica)
+
+
+def _scale(role: RoleConfig, options: dict[str, Any]) -> dict[str, Any]:
+    if role.max_replicas is None:
+        return {"num_replicas": role.num_replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=role.num_replicas,
+            max_replicas=role.max_replicas,
+            target_ongoing_requests=max(1.0, 0.5 * options.get("max_ongoing_requests", 2)),
+        )
+    }
+
+
+def _actor_options(role: RoleConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": role.num_cpus, "num_gpus": role.num_gpus, "resources": role.resources}
+    if role.label_selector:
+        options["label_selector"] = role.label_selector
+    return options

@@ -1,0 +1,29 @@
+"""A Ray on this machine for the length of a test module."""
+
+import logging
+import os
+import tempfile
+from contextlib import contextmanager
+
+import ray
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
+
+
+@contextmanager
+def local_ray(num_cpus=4):
+    os.environ.update(ENVIRONMENT)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.WARNING, _temp_dir=folder,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            ray.shutdown()

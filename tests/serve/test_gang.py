@@ -1,0 +1,197 @@
+"""A real gang of Ray actors with a stand-in worker: what is an error of a job, what is the end of a gang."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+import ray
+import torch
+
+from pusa_dist.errors import GangError, NumericsError
+from pusa_dist.request import GenerationRequest
+from serve.config import DenoiserConfig
+from serve.denoiser import Denoiser
+from serve.gang import Gang
+from serve.stages import Finished, GangUnavailableError, Progress, TensorRef
+from tests.ray_cluster import local_ray
+from tests.serve import gang_workers
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(120),
+    # Ray hands tensors over without a copy, read-only.
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
+]
+
+CONFIG = DenoiserConfig(step_deadline_floor_s=1.5, first_step_allowance_s=1.0, ping_timeout_s=1.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.cloudpickle.register_pickle_by_value(gang_workers)
+    with local_ray():
+        yield
+    ray.cloudpickle.unregister_pickle_by_value(gang_workers)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A gang that no test of this fixture's users may break."""
+    gang = Gang(CONFIG, gang_workers.FakeWorker, None)
+    gang.start()
+    yield gang
+    gang.kill()
+
+
+@pytest.fixture
+def fresh():
+    gang = Gang(CONFIG, gang_workers.FakeWorker, None)
+    gang.pids = gang.start()
+    yield gang
+    gang.kill()
+
+
+def request_of(prompt, steps=4):
+    return GenerationRequest(
+        model="debug", prompt=prompt, negative_prompt="", width=64, height=64, num_frames=5, fps=8,
+        num_inference_steps=steps, guidance_scale=1.0, shift=5.0, seed=0, lora_alpha={},
+    )  # fmt: skip
+
+
+def denoise(denoiser, prompt, steps=4, value=1.0):
+    context = TensorRef(ray.put(torch.full((3,), value)))
+    return denoiser.generate(f"job-{prompt}", request_of(prompt, steps), context, None, None)
+
+
+async def collect(messages):
+    return [message async for message in messages]
+
+
+def test_a_job_reports_every_step_and_ends_with_a_reference_to_its_latents(shared):
+    messages = asyncio.run(collect(denoise(Denoiser(CONFIG, shared), "plain", value=2.0)))
+    assert [message.step for message in messages[:-1]] == [0, 1, 2, 3, 4]
+    assert all(message.num_steps == 4 for message in messages[:-1])
+    assert isinstance(messages[-1], Finished)
+    assert torch.equal(ray.get(messages[-1].latents.ref), torch.full((4,), 6.0))
+
+
+def test_two_residents_finish_oldest_first(shared):
+    order = []
+
+    async def follow(denoiser, prompt):
+        async for message in denoise(denoiser, prompt):
+            if isinstance(message, Finished):
+                order.append(prompt)
+
+    async def both():
+        denoiser = Denoiser(CONFIG, shared)
+        await asyncio.gather(follow(denoiser, "first"), follow(denoiser, "second"))
+
+    asyncio.run(both())
+    assert order == ["first", "second"]
+
+
+def test_a_cancelled_job_leaves_at_its_next_step_and_the_gang_goes_on(shared):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, shared)
+        messages = denoise(denoiser, "long", steps=1000)
+        while (message := await anext(messages)).step < 2:
+            assert isinstance(message, Progress)
+        started = time.perf_counter()
+        await messages.aclose()
+        waiting = denoise(denoiser, "next", steps=1)
+        await anext(waiting)
+        held_after = time.perf_counter() - started
+        return held_after, await collect(waiting)
+
+    held_after, rest = asyncio.run(scenario())
+    assert held_after < 0.5
+    assert isinstance(rest[-1], Finished)
+
+
+def test_an_error_that_all_ranks_raise_is_the_jobs_own(shared):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, shared)
+        with pytest.raises(NumericsError, match="not finite"):
+            await collect(denoise(denoiser, "nan"))
+        return await collect(denoise(denoiser, "after"))
+
+    assert isinstance(asyncio.run(scenario())[-1], Finished)
+
+
+@pytest.mark.parametrize(("prompt", "reason"), [("nan-on-0", "not finite"), ("bug", "a bug")])
+def test_ranks_that_disagree_or_have_a_bug_end_the_gang(fresh, monkeypatch, prompt, reason):
+    monkeypatch.setattr("serve.gang.AGREEMENT_S", 1.0)
+
+    async def scenario():
+        denoiser = Denoiser(CONFIG, fresh)
+        with pytest.raises(GangError, match=reason):
+            await collect(denoise(denoiser, prompt))
+        with pytest.raises(GangError):
+            await denoiser.check_health()
+        with pytest.raises(GangUnavailableError, match="being replaced"):
+            await collect(denoise(denoiser, "late"))
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_killed_in_a_step_fails_every_resident_at_once(fresh):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, fresh)
+        held = denoise(denoiser, "held", steps=1000)
+        second = denoise(denoiser, "second", steps=1000)
+        while (await anext(held)).step < 2:
+            pass
+        await anext(second)
+        os.kill(fresh.pids[1], signal.SIGKILL)
+        started = time.perf_counter()
+        for messages in (held, second):
+            with pytest.raises(GangError, match="died"):
+                await collect(messages)
+        return time.perf_counter() - started
+
+    assert asyncio.run(scenario()) < 2.0
+    assert_gone(fresh.pids)
+
+
+def test_a_rank_asleep_in_its_forward_is_found_by_the_step_deadline(fresh):
+    async def scenario():
+        with pytest.raises(GangError, match=r"step on rank 1: not finished within its deadline of 1\.5 s"):
+            await collect(denoise(Denoiser(CONFIG, fresh), "sleep"))
+
+    started = time.perf_counter()
+    asyncio.run(scenario())
+    assert time.perf_counter() - started < 4.0
+    assert_gone(fresh.pids)
+
+
+def test_a_stopped_idle_rank_is_found_by_its_silence(fresh):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, fresh)
+        await collect(denoise(denoiser, "warm"))
+        os.kill(fresh.pids[0], signal.SIGSTOP)
+        started = time.perf_counter()
+        while fresh.error is None:
+            await asyncio.sleep(0.05)
+        return time.perf_counter() - started
+
+    assert asyncio.run(scenario()) < 5.0
+    assert "ping_timeout_s=1.5" in str(fresh.error)
+    assert_gone(fresh.pids)
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and any(is_running(pid) for pid in pids):
+        time.sleep(0.1)
+    assert [pid for pid in pids if is_running(pid)] == []
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
