@@ -17,7 +17,8 @@ import json, sys, time
 from pathlib import Path
 import httpx
 from cluster.local_service import local_service
-import configs, pusa_dist, serve
+from importlib.resources import files
+import pusa_dist, serve
 with local_service("debug", Path(sys.argv[1])) as url, httpx.Client(base_url=url, timeout=30) as client:
     job = client.post("/v1/videos", json={"prompt": "a boat", "pusa": {"num_inference_steps": 2}}).json()
     while job["status"] in ("queued", "in_progress"):
@@ -27,7 +28,7 @@ with local_service("debug", Path(sys.argv[1])) as url, httpx.Client(base_url=url
 print(json.dumps({
     "status": job["status"],
     "bytes": len(video),
-    "from": [*configs.__path__, pusa_dist.__file__, serve.__file__],
+    "from": [str(files("configs") / "model" / "debug.yaml"), pusa_dist.__file__, serve.__file__],
 }))
 """
 
