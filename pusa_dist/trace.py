@@ -65,7 +65,7 @@ def trace_forward(model: VectorTimestepTransformer, latents_shape: Sequence[int]
     with torch.device(parameter.device):
         latents = torch.zeros(batch, channels, frames, height, width)
         timestep = torch.zeros(batch, frames)
-        context = torch.zeros(batch, TEXT_TOKENS, model.config.text_dim, dtype=parameter.dtype)
+        context = torch.zeros(batch, TEXT_TOKENS, model.config["text_dim"], dtype=parameter.dtype)
     return trace_call(lambda: model(latents, timestep, context), tokens=frames * height * width // 4)
 
 
@@ -115,13 +115,13 @@ def record_forward(
     finally:
         for handle in handles:
             handle.remove()
-    waves = sinusoid(timestep, model.config.freq_dim).to(model.proj_out.weight.dtype)
+    waves = sinusoid(timestep, model.config["freq_dim"]).to(model.proj_out.weight.dtype)
     return {"sinusoid": waves, **seen, "output": output}
 
 
 class _LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel = 0
         self.shape: tuple[int, ...] = ()
         self.op = ""

@@ -14,8 +14,7 @@ import math
 from typing import Any, Protocol
 
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
 
 from pusa_dist.config import TransformerConfig
@@ -48,10 +47,10 @@ class WholeFrames:
         return tokens
 
 
-class VectorTimestepBlock(WanTransformerBlock):  # type: ignore[misc]
+class VectorTimestepBlock(WanTransformerBlock):
     """A block whose tokens are laid out (B, F, S, E) and modulated per frame."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden_states: Tensor, context: Tensor, modulation: Tensor, rotary: Tensor, attention: AttentionFn
     ) -> Tensor:
         """Self-attention over all frames, cross-attention to the text, feed-forward.
@@ -81,7 +80,7 @@ class VectorTimestepBlock(WanTransformerBlock):  # type: ignore[misc]
         return _add_gated(hidden_states, self.ffn(normed), gate_ff)
 
 
-class VectorTimestepTransformer(WanTransformer3DModel):  # type: ignore[misc]
+class VectorTimestepTransformer(WanTransformer3DModel):
     """The transformer: latents, a timestep per latent frame and a text embedding to a velocity.
 
     Attributes:
@@ -89,10 +88,10 @@ class VectorTimestepTransformer(WanTransformer3DModel):  # type: ignore[misc]
         token_shard: which tokens of a frame this rank holds; replaced likewise.
     """
 
-    _repeated_blocks = ("VectorTimestepBlock",)
+    _repeated_blocks = ["VectorTimestepBlock"]  # noqa: RUF012 - diffusers wants a list
 
     # The decorated signature is what diffusers' configuration machinery reads.
-    @functools.wraps(WanTransformer3DModel.__init__)
+    @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for block in self.blocks:
@@ -121,7 +120,7 @@ class VectorTimestepTransformer(WanTransformer3DModel):  # type: ignore[misc]
         hidden_states = self.embed_patches(latents.to(dtype))
         temb, modulation = self.embed_time(timestep)
         context = self.condition_embedder.text_embedder(context.to(dtype))
-        table = rotary_table(self.config.attention_head_dim, frames, rows, columns, latents.device)
+        table = rotary_table(self.config["attention_head_dim"], frames, rows, columns, latents.device)
         rotary = self.token_shard.split(table).flatten(1, 2).unsqueeze(2)  # (1, F * S, 1, D / 2)
 
         for block in self.blocks:
@@ -140,7 +139,7 @@ class VectorTimestepTransformer(WanTransformer3DModel):  # type: ignore[misc]
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Embed one timestep per frame: (B, F) -> (B, F, E) and its projection (B, F, 6, E)."""
         embedder = self.condition_embedder
-        waves = sinusoid(timestep, self.config.freq_dim).to(embedder.time_embedder.linear_1.weight.dtype)
+        waves = sinusoid(timestep, self.config["freq_dim"]).to(embedder.time_embedder.linear_1.weight.dtype)
         temb = embedder.time_embedder(waves).to(embedder.time_proj.weight.dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 

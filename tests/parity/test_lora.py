@@ -1,0 +1,229 @@
+"""LoRA merges against recorded upstream merges, and what re-merging promises."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
+from pusa_dist.checkpoint.load import load_exactly
+from pusa_dist.checkpoint.lora import MergedLora, build_lora, read_distill, read_pusa
+from pusa_dist.checkpoint.transformer import build_transformer
+from pusa_dist.config import LoraConfig, ModelConfig, TransformerConfig, load_model_config
+from pusa_dist.errors import CheckpointError, ConfigError
+from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+CASE = json.loads((GOLDENS / "lora.json").read_text())
+TENSORS = load_file(GOLDENS / "lora.safetensors")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECORDED = sorted({key.split("/")[0] for key in TENSORS if key.startswith("merged_")})
+
+
+def _under(prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): x for key, x in TENSORS.items() if key.startswith(prefix)}
+
+
+def _transformer(dtype: torch.dtype = torch.float32) -> VectorTimestepTransformer:
+    shape = json.loads((GOLDENS / "public_dit_main.json").read_text())["model_config"]
+    config = TransformerConfig(
+        num_layers=shape["num_layers"],
+        num_attention_heads=shape["num_heads"],
+        attention_head_dim=shape["dim"] // shape["num_heads"],
+        ffn_dim=shape["ffn_dim"],
+        text_dim=shape["text_dim"],
+        freq_dim=shape["freq_dim"],
+    )
+    tensors = {name: x.to(dtype) for name, x in load_file(GOLDENS / "public_dit_main.safetensors").items()}
+    with torch.device("meta"):
+        model = new_transformer(config)
+    load_exactly(model, with_diffusers_names(tensors, "golden"), "golden")
+    return model.requires_grad_(False)
+
+
+def _ulps(a: Tensor, b: Tensor) -> int:
+    """Representable bfloat16 numbers from a to b, at most."""
+
+    def ordered(x: Tensor) -> Tensor:
+        bits = x.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return int((ordered(a) - ordered(b)).abs().max())
+
+
+def _copy(model: VectorTimestepTransformer) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def _equal(model: VectorTimestepTransformer, tensors: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(x, tensors[name]) for name, x in model.state_dict().items())
+
+
+def _debug(**changes: object) -> ModelConfig:
+    return replace(load_model_config("debug"), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_recorded_merge_is_reproduced(recorded: str) -> None:
+    precision, _, kind = recorded.removeprefix("merged_").partition(".")
+    model = _transformer(DTYPES[precision])
+    untouched = _copy(model)
+    distill = _under("lightx2v/")
+    if "no_alpha" in kind:
+        distill = {key: x for key, x in distill.items() if not key.endswith(".alpha")}
+    lora = MergedLora(
+        model,
+        read_pusa(_under("pusa/")) if "pusa" in kind else None,
+        read_distill(distill) if "lightx2v" in kind else None,
+    )
+    if "pusa" in kind:
+        lora.set_alpha(CASE["pusa_lora_alpha"])
+    weights = model.state_dict()
+    expected = {diffusers_name(key): x for key, x in _under(f"{recorded}/").items()}
+    assert len(expected) == len(CASE["targets"])
+    for name, x in weights.items():
+        if name not in expected:
+            assert torch.equal(x, untouched[name]), name
+        elif precision == "fp32":
+            assert (x - expected[name]).abs().max() <= CASE["tolerance"]["fp32_max_abs"], name
+        else:
+            assert _ulps(x, expected[name]) <= CASE["tolerance"]["bf16_max_ulp"], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hundred_changes_of_strength_and_back_are_bit_equal(dtype: torch.dtype) -> None:
+    model = _transformer(dtype)
+    lora = MergedLora(model, read_pusa(_under("pusa/")), read_distill(_under("lightx2v/")))
+    addresses = [x.data_ptr() for x in model.parameters()]
+    lora.set_alpha(1.4)
+    first = _copy(model)
+    for step in range(100):
+        lora.set_alpha(0.1 + 0.049 * step)
+    assert not _equal(model, first)
+    lora.set_alpha(1.4)
+    assert _equal(model, first)
+    assert [x.data_ptr() for x in model.parameters()] == addresses
+
+
+def test_only_adapted_weights_are_kept_twice() -> None:
+    model = _transformer()
+    before = _copy(model)
+    lora = MergedLora(model, read_pusa(_under("pusa/")))
+    assert lora.alpha is None
+    assert _equal(model, before)
+    lora.set_alpha(2.0)
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {diffusers_name(f"{target}.weight") for target in CASE["targets"]}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"diffusion_model.{key}",
+        lambda key: key.replace(".default", ""),
+        lambda key: key.replace("lora_A.default", "lora_down").replace("lora_B.default", "lora_up"),
+        lambda key: key.replace("self_attn.q", "attn1.to_q").replace("self_attn.o", "attn1.to_out.0"),
+    ],
+)
+def test_every_documented_key_format_reads_the_same(rename) -> None:
+    expected = read_pusa(_under("pusa/"))
+    renamed = read_pusa({rename(key): x for key, x in _under("pusa/").items()})
+    assert renamed.keys() == expected.keys()
+    assert all(torch.equal(renamed[name].up, expected[name].up) for name in expected)
+
+
+def test_a_lora_that_does_not_match_is_refused_whole_and_every_key_listed() -> None:
+    model = _transformer()
+    before = _copy(model)
+    tensors = _under("pusa/")
+    for target in ("blocks.7.self_attn.q", "blocks.8.ffn.0"):
+        tensors[f"{target}.lora_A.weight"] = torch.zeros(4, 80)
+        tensors[f"{target}.lora_B.weight"] = torch.zeros(80, 4)
+    deltas = read_pusa(tensors)
+    with pytest.raises(CheckpointError, match=r"blocks\.7\.attn1\.to_q\.weight, blocks\.8\.ffn"):
+        MergedLora(model, deltas)
+    misshapen = read_pusa(_under("pusa/") | {"blocks.1.ffn.0.lora_B.default.weight": torch.zeros(80, 4)})
+    with pytest.raises(CheckpointError, match=r"misshapen: blocks\.1\.ffn\.net\.0\.proj\.weight"):
+        MergedLora(model, misshapen, read_distill(_under("lightx2v/")))
+    assert _equal(model, before)
+
+
+def test_unknown_keys_and_lonely_halves_are_refused_by_name() -> None:
+    tensors = _under("pusa/")
+    del tensors["blocks.0.self_attn.q.lora_B.default.weight"]
+    tensors["blocks.0.self_attn.q.dora_scale"] = torch.zeros(1)
+    with pytest.raises(CheckpointError) as error:
+        read_pusa(tensors)
+    assert "dora_scale" in str(error.value)
+    assert "without its up half: blocks.0.attn1.to_q.weight" in str(error.value)
+    with pytest.raises(CheckpointError, match="empty"):
+        read_pusa({})
+    with pytest.raises(CheckpointError, match="alpha"):
+        read_pusa(_under("lightx2v/"))
+
+
+def test_full_rank_differences_of_a_distilled_file_are_left_out_with_a_warning(caplog) -> None:
+    tensors = _under("lightx2v/") | {
+        "diffusion_model.blocks.0.norm3.diff": torch.ones(80),
+        "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(80),
+    }
+    assert read_distill(tensors).keys() == read_distill(_under("lightx2v/")).keys()
+    assert "2 full-rank" in caplog.text
+
+
+def test_debug_lora_adapts_every_linear_and_depends_on_the_expert() -> None:
+    model = load_model_config("debug-two-expert")
+    merged = {}
+    for expert in model.experts:
+        transformer = build_transformer(model, expert, device="cpu", precision="fp32")
+        before = _copy(transformer)
+        lora = build_lora(model, expert, transformer)
+        assert lora is not None
+        lora.set_alpha(1.0)
+        merged[expert] = {
+            n: x - before[n] for n, x in transformer.state_dict().items() if not torch.equal(x, before[n])
+        }
+        assert len(merged[expert]) == 10 * model.transformer.num_layers
+        for name, delta in merged[expert].items():
+            assert 0.05 < delta.norm() / before[name].norm() < 0.2, name
+    name = "blocks.0.attn1.to_q.weight"
+    assert not torch.equal(merged["high"][name], merged["low"][name])
+
+
+def test_files_named_by_the_configuration_are_merged_distillation_first(tmp_path: Path) -> None:
+    save_file(_under("pusa/"), tmp_path / "pusa.safetensors")
+    save_file(_under("lightx2v/"), tmp_path / "distill.safetensors")
+    model = _debug(
+        lora=LoraConfig(alpha={"main": 1.4}, files={"main": "pusa.safetensors"}),
+        distill_lora=LoraConfig(alpha={"main": 1.0}, files={"main": "distill.safetensors"}),
+    )
+    transformer = _transformer()
+    lora = build_lora(model, "main", transformer, weights_root=str(tmp_path))
+    assert lora is not None
+    lora.set_alpha(1.4)
+    weights = transformer.state_dict()
+    for key, x in _under("merged_fp32.lightx2v_then_pusa/").items():
+        assert (weights[diffusers_name(key)] - x).abs().max() <= 1e-6
+
+
+def test_a_model_without_lora_says_so() -> None:
+    model = _debug(lora=None)
+    transformer = _transformer()
+    assert build_lora(model, "main", transformer) is None
+    with pytest.raises(ConfigError, match="no LoRA of adjustable strength"):
+        MergedLora(transformer, None, read_distill(_under("lightx2v/"))).set_alpha(1.0)
+
+
+def test_a_lora_file_that_is_not_named_or_not_there_is_a_configuration_error(tmp_path: Path) -> None:
+    transformer = _transformer()
+    unnamed = _debug(lora=LoraConfig(alpha={"main": 1.4}))
+    with pytest.raises(ConfigError, match=r"lora\.files names no file for expert 'main'"):
+        build_lora(unnamed, "main", transformer)
+    absent = _debug(lora=LoraConfig(alpha={"main": 1.4}, files={"main": "pusa.pt"}))
+    with pytest.raises(ConfigError, match=r"pusa\.pt"):
+        build_lora(absent, "main", transformer, weights_root=str(tmp_path))
