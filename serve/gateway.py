@@ -8,13 +8,12 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
-
-from pusa_dist.tokenizer import count_tokens, load_tokenizer
+from typing import Literal
 
 from pusa_dist.errors import RequestError
 from pusa_dist.media.probe import probe
 from pusa_dist.request import GenerationRequest, MediaInfo, RequestParams, resolve_request
+from pusa_dist.tokenizer import count_tokens, load_tokenizer
 from serve.artifacts import ArtifactStore, input_key, job_prefix
 from serve.config import ServeConfig
 from serve.content import finished_artifact
@@ -26,8 +25,8 @@ from serve.schemas import VideoBody
 from serve.tenants import Tenants
 from serve.uploads import IncomingBody, Upload, VideoReference
 
-Readiness = Callable[[], Awaitable[Mapping[str, Mapping[str, Any]]]]
-"""Facts of every deployment, by its name; each has at least ``ready``, a bool."""
+Readiness = Callable[[], Awaitable[Mapping[str, bool]]]
+"""Whether each deployment is ready, by its name."""
 
 MAX_DRAWN_SEED = 2**32
 

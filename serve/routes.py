@@ -5,7 +5,7 @@ read by an ``async`` dependency before.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -93,25 +93,25 @@ def list_videos(gateway: TheGateway, tenant: Tenant, query: Annotated[ListQuery,
 
 
 @router.post("/v1/videos/edits")
-def edit_video() -> NoReturn:
+def edit_video() -> Response:
     """Not offered."""
     raise _not_offered("edits", "POST /v1/videos with the frames to keep as input_reference and pusa.conditioning")
 
 
 @router.post("/v1/videos/characters")
-def create_character() -> NoReturn:
+def create_character() -> Response:
     """Not offered."""
     raise _not_offered("characters", "POST /v1/videos with pictures of the character as input_reference")
 
 
 @router.get("/v1/videos/characters/{character_id}")
-def get_character(character_id: str) -> NoReturn:
+def get_character(character_id: str) -> Response:
     """Not offered."""
     raise _not_offered("characters", "POST /v1/videos with pictures of the character as input_reference")
 
 
 @router.post("/v1/videos/{video_id}/remix")
-def remix_video(video_id: str) -> NoReturn:
+def remix_video(video_id: str) -> Response:
     """Not offered."""
     raise _not_offered("remix", "POST /v1/videos with a new prompt and the same pusa.seed")
 
@@ -176,7 +176,7 @@ def _model(gateway: Gateway) -> Model:
 @router.get("/health")
 async def health(gateway: TheGateway) -> JSONResponse:
     """200 when every deployment is ready, else 503; the body says which is not."""
-    deployments: Mapping[str, Mapping[str, Any]] = await gateway.readiness()
-    ready = all(facts["ready"] for facts in deployments.values())
-    body = {"status": "ready" if ready else "starting", "model": gateway.model.name, "deployments": deployments}
+    deployments = await gateway.readiness()
+    ready = all(deployments.values())
+    body = {"status": "ready" if ready else "starting", "model": gateway.model.name, "deployments": dict(deployments)}
     return JSONResponse(body, 200 if ready else 503)

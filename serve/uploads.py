@@ -1,4 +1,4 @@
-"""Reading a body: multipart or JSON in, the same plain fields and media bytes out.
+"""Reading a body: a form or JSON in, the same plain fields and media bytes out.
 
 The stock client always sends multipart; people and other clients send JSON. Both say the same things:
 plain fields, our own under ``pusa``, and media as files, as data URLs, or (for an extension) as the id
@@ -20,6 +20,7 @@ from pusa_dist.errors import RequestError
 from serve.errors import ServeError
 from serve.schemas import PusaBody, unknown_field
 
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MAX_PARTS = 1000
 
 
@@ -60,7 +61,7 @@ async def read_body(request: Request, media_field: str, max_inputs: int, max_byt
         ServeError: it is neither multipart nor JSON, or too large.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "multipart/form-data":
+    if content_type in FORMS:
         async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=max_bytes) as form:
             body = await _from_form(form, media_field)
     elif content_type == "application/json":
