@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from pusa_dist.parity import forward, lora, preprocess, sampler, scheduler, vae
+from pusa_dist.parity import forward, lora, preprocess, sampler, scheduler, text_encoder, vae
 from pusa_dist.parity.cases import Case, CaseFolder
 from pusa_dist.parity.verdict import Check, Report
 
@@ -20,6 +20,7 @@ CHECKS: Mapping[str, Callable[[Case], Report]] = MappingProxyType(
         "scheduler": scheduler.check,
         "lora": lora.check,
         "vae": vae.check,
+        "text_encoder": text_encoder.check,
         "preprocess": preprocess.check,
     }
 )
@@ -40,7 +41,7 @@ class Row:
     notes: str = ""
 
     def __str__(self) -> str:
-        cells = f"{self.case:<24} {self.kind:<13} {self.difference:<40} {self.tolerance:<10} {self.verdict}"
+        cells = f"{self.case:<24} {self.kind:<13} {self.difference:<50} {self.tolerance:<9} {self.verdict}"
         return f"{cells}  {self.notes}".rstrip()
 
 
