@@ -55,7 +55,9 @@ def _number_or_experts(value: Any) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None or is_number or (isinstance(value, Mapping) and value):
         return value
-    raise PydanticCustomError("lora_alpha", 'use a number, or one for each expert such as {"high": 1.5, "low": 1.4}')
+    raise PydanticCustomError(
+        "invalid_lora_alpha", 'use a number, or one for each expert such as {"high": 1.5, "low": 1.4}'
+    )
 
 
 class PusaBody(Closed):
@@ -79,7 +81,7 @@ def _seconds(value: Any) -> Any:
         return value
     if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
         return float(value)
-    raise PydanticCustomError("seconds", "use a number of seconds such as 2 or 1.5")
+    raise PydanticCustomError("invalid_seconds", "use a number of seconds such as 2 or 1.5")
 
 
 def _size(value: Any) -> Any:
@@ -133,16 +135,21 @@ def _explain(error: ErrorDetails) -> RequestError:
     if error["loc"][:2] == ("pusa", "lora_alpha"):
         loc = loc[:2]
     param = param_name(loc)
+    message = f"{param}={_shortened(error['input'])}: {error['msg']}"
     match error["type"]:
         case "extra_forbidden":
             return unknown_field(str(loc[-1]), param, _fields_beside(loc))
         case "missing":
             return RequestError(f"{param} is missing; it is required", param, "missing_field")
-        case "invalid_size" as code:
-            pass
+        case "model_type":
+            message = f"{param}={_shortened(error['input'])}: write a JSON object, {{...}}"
+            return RequestError(message, param, "invalid_type")
+        case ours if ours.startswith("invalid_"):
+            return RequestError(message, param, ours)
+        case kind if kind.endswith("_type"):
+            return RequestError(message, param, "invalid_type")
         case _:
-            code = "invalid_type" if error["type"].endswith(("_type", "_parsing")) else "invalid_value"
-    return RequestError(f"{param}={_shortened(error['input'])}: {error['msg']}", param, code)
+            return RequestError(message, param, "invalid_value")
 
 
 def param_name(loc: Iterable[str | int]) -> str:

@@ -321,12 +321,11 @@ def test_an_extension_of_a_finished_video_copies_it_and_keeps_its_format(service
     source = service.create(size="64x80", fps=4)["id"]
     clip = mp4(17)
     service.finish(source, video=clip)
+    url = "/v1/videos/extensions"
     extended = (
-        service.client.post("/v1/videos/extensions", data={"prompt": "on", "video[id]": source, "seconds": "3"})
+        service.client.post(url, data={"prompt": "on", "video[id]": source, "seconds": "3"})
         if body == "form"
-        else service.client.post(
-            "/v1/videos/extensions", json={"prompt": "on", "video": {"id": source}, "seconds": "3"}
-        )
+        else service.client.post(url, json={"prompt": "on", "video": {"id": source}, "seconds": "3"})
     )
     assert extended.status_code == 200, extended.text
     job = service.job(extended.json()["id"])
