@@ -54,7 +54,7 @@ def iter_frames(data: bytes) -> Iterator[Frame]:
             stream = video_streams(container)[0]
             stream.thread_count = 1
             for frame in container.decode(stream):
-                yield upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+                yield upright(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8), frame.rotation)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise RequestError(f"the clip cannot be decoded ({error})", None, "invalid_clip") from error
 

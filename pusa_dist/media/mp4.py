@@ -18,11 +18,13 @@ _BT709 = 1
 class Mp4Writer:
     """Writes H.264 (yuv420p, BT.709) as the frames come; memory does not grow with the clip.
 
-    Use it as a context manager, or call ``close``: the file is playable only then.
+    Use it as a context manager, or call ``close``: the file is playable only then. Left by an error,
+    the context manager removes the file.
     """
 
     def __init__(self, path: str | Path, width: int, height: int, fps: int) -> None:
         """Open ``path`` for a video of even ``width`` and ``height`` at ``fps`` whole frames a second."""
+        self._path = Path(path)
         self._container = av.open(str(path), mode="w", format="mp4", options=_CONTAINER)
         stream = self._container.add_stream("libx264", rate=fps, options=_ENCODER)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -58,4 +60,5 @@ class Mp4Writer:
         if error is None:
             self.close()
         else:
-            self._container.close()  # half a file: the caller who saw the error removes it
+            self._container.close()
+            self._path.unlink(missing_ok=True)

@@ -80,8 +80,8 @@ def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     # The reciprocal is rounded to the activations' dtype, as in Pusa: dividing by it is not the same as
     # multiplying by the standard deviation.
     shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).to(like).view(shape)
-    inverse_std = (1.0 / torch.tensor(vae.config.latents_std)).to(like).view(shape)
+    mean = torch.tensor(vae.config["latents_mean"]).to(like).view(shape)
+    inverse_std = (1.0 / torch.tensor(vae.config["latents_std"])).to(like).view(shape)
     return mean, inverse_std
 
 
