@@ -30,10 +30,13 @@ MIN_SPEEDUP = 1.2
 MAX_DIFFERENCE = 1e-5
 """Between the two forwards, relative: below it they are the same computation."""
 
-BENCH_MODEL = TransformerConfig(num_layers=2, num_attention_heads=12, attention_head_dim=128, ffn_dim=4096, text_dim=512)
+BENCH_MODEL = TransformerConfig(
+    num_layers=2, num_attention_heads=12, attention_head_dim=128, ffn_dim=4096, text_dim=512
+)
 BENCH_LATENTS = (16, 9, 16, 24)
 """(C, F, H, W): 9 frames of 8 x 12 = 96 tokens, 864 in all."""
 BENCH_TEXT_TOKENS = 64
+"""7 % of the tokens; the 512 of production are 1.6 % of those of a 480p clip. Both forwards do the same with them."""
 BENCH_THREADS = 2
 
 FULL_MODEL = "pusa-v1-14b"
@@ -53,7 +56,7 @@ class Row:
     is_good: bool
 
 
-def run(write: Write, *, rounds: int = 7, json_path: Path | None = None) -> int:
+def run(write: Write, *, rounds: int = 15, json_path: Path | None = None) -> int:
     """Measure everything and write it as a Markdown table.
 
     Args:
@@ -71,7 +74,8 @@ def run(write: Write, *, rounds: int = 7, json_path: Path | None = None) -> int:
     write("| measurement | measured | required | verdict |")
     write("|---|---|---|---|")
     for row in rows:
-        write(f"| {row.name} | {row.measured:.4g} {row.unit} | {row.required} | {'ok' if row.is_good else 'MISSED'} |")
+        measured = f"{row.measured:.4g} {row.unit}".strip()
+        write(f"| {row.name} | {measured} | {row.required} | {'ok' if row.is_good else 'MISSED'} |")
     if json_path is not None:
         json_path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return 0 if all(row.is_good for row in rows) else 1
@@ -150,7 +154,7 @@ def forward_pair(
 
 
 def diffusers_twin(model: VectorTimestepTransformer) -> Any:
-    """diffusers' own transformer over the very same parameters."""
+    """Diffusers' own transformer over the very same parameters."""
     with torch.device("meta"):
         twin = WanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     twin.load_state_dict(model.state_dict(), assign=True)
