@@ -56,9 +56,13 @@ def test_a_single_frame_makes_an_mp4(tmp_path):
 
 
 def test_a_writer_left_by_an_error_leaves_no_half_a_file(tmp_path):
-    with pytest.raises(ZeroDivisionError), Mp4Writer(tmp_path / "half.mp4", 64, 48, 8) as writer:
-        writer.write(moving(100))
-        raise ZeroDivisionError
+    def fail_half_way():
+        with Mp4Writer(tmp_path / "half.mp4", 64, 48, 8) as writer:
+            writer.write(moving(100))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert not list(tmp_path.iterdir())
 
 
