@@ -27,7 +27,7 @@ class Case:
 
     folder: "CaseFolder"
     name: str
-    listed_kind: str | None
+    listed_kind: str
 
     @cached_property
     def description(self) -> Mapping[str, Any]:
@@ -41,15 +41,15 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What the case exercises, from the manifest or its JSON.
+        """What the case exercises, as the manifest and its JSON say.
 
         Raises:
             ValueError: the two disagree.
         """
         described = self.description.get("kind", self.listed_kind)
-        if self.listed_kind not in (None, described):
+        if described != self.listed_kind:
             raise ValueError(f"the manifest says kind {self.listed_kind!r}, its JSON {described!r}")
-        return str(described)
+        return self.listed_kind
 
     @property
     def precision(self) -> Precision:
@@ -95,7 +95,7 @@ class CaseFolder:
         """
         try:
             listed = json.loads((self.path / "manifest.json").read_text())["cases"]
-            cases = tuple(Case(self, entry["name"], entry.get("kind")) for entry in listed)
+            cases = tuple(Case(self, entry["name"], entry["kind"]) for entry in listed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self.path / 'manifest.json'} is not a manifest of cases: {error!r}") from error
         if not cases:

@@ -29,20 +29,24 @@ def known_fault(case: Case) -> str | None:
 
 
 def expected_tables(
-    sigmas: Tensor, model_timesteps: Tensor, num_latent_frames: int, multipliers: Mapping[int, float]
-) -> tuple[Tensor, Tensor]:
-    """Sigma and next sigma (N, F) from the recorded scalar schedule, by loop index.
+    sigmas: Tensor, timesteps: Tensor, num_latent_frames: int, multipliers: Mapping[int, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model is fed, sigma and next sigma, each (N, F), from a recorded scalar schedule, by loop index.
 
     Written apart from ``step_tables``, so that the two can be compared.
 
     Args:
         sigmas: (N,) recorded.
-        model_timesteps: (N, F) recorded; a given frame that is fed 0 stands still.
+        timesteps: (N,) recorded, in the dtype of the precision.
         num_latent_frames: F.
         multipliers: of each given latent frame.
     """
+    columns = []
     following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
-    row = torch.tensor([multipliers.get(frame, 1.0) for frame in range(num_latent_frames)])
-    given = torch.tensor([frame in multipliers for frame in range(num_latent_frames)])
-    moves = ~((model_timesteps == 0) & given)
-    return sigmas[:, None] * row * moves, following[:, None] * row * moves
+    for frame in range(num_latent_frames):
+        share = multipliers.get(frame, 1.0)
+        fed = (timesteps * share).trunc().float() if multipliers else timesteps.float()
+        moves = (fed != 0) if frame in multipliers else torch.ones_like(fed, dtype=torch.bool)
+        columns.append(torch.stack([fed, sigmas * share * moves, following * share * moves]))
+    fed, sigma, sigma_next = torch.stack(columns, dim=-1)
+    return fed, sigma, sigma_next

@@ -23,7 +23,7 @@ def check(case: Case) -> Report:
     latents, context = recorded["x"].to(dtype), recorded["context"].to(dtype)
     # What is fed is rounded to the precision; our transformer takes the rounded value in float32.
     timestep = recorded["timestep"].to(dtype).float()
-    ours = _trace(transformer, latents, timestep, context)
+    ours = _trace(transformer, model.transformer.freq_dim, latents, timestep, context)
     checks: list[Check] = []
     for name in recorded:
         if name not in INPUTS:
@@ -38,7 +38,7 @@ def _named(ours: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _trace(
-    transformer: VectorTimestepTransformer, latents: Tensor, timestep: Tensor, context: Tensor
+    transformer: VectorTimestepTransformer, freq_dim: int, latents: Tensor, timestep: Tensor, context: Tensor
 ) -> dict[str, Tensor]:
     """Run the forward and keep what the recordings name, in their shapes."""
     kept: dict[str, Tensor] = {}
@@ -65,6 +65,6 @@ def _trace(
         | {
             "output": output,
             "patch": patches.unflatten(2, (rows, columns)).permute(0, 4, 1, 2, 3),
-            "sinusoid": sinusoid(timestep, transformer.config.freq_dim).to(latents.dtype),
+            "sinusoid": sinusoid(timestep, freq_dim).to(latents.dtype),
         }
     )

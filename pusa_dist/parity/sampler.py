@@ -21,7 +21,7 @@ from pusa_dist.parity.faults import expected_tables, known_fault
 from pusa_dist.parity.verdict import Check, Report, Tolerance
 from pusa_dist.request import Conditioning, GenerationRequest
 from pusa_dist.sampler import VelocityFn, advance
-from pusa_dist.schedule import TIMESTEP_SCALE, shifted_sigmas
+from pusa_dist.schedule import DTYPES, TIMESTEP_SCALE, shifted_sigmas
 from pusa_dist.state import GenerationState
 
 SUBJECTS = ("model_timesteps", "sigma")
@@ -32,13 +32,10 @@ def check(case: Case) -> Report:
     tolerance = Tolerance.parse(case.description, SUBJECTS)
     fault = known_fault(case)
     state = initial_state(case)
-    checks = _schedule_checks(case, state, tolerance, fault=fault is not None) + _expert_checks(case, state)
-    if case.description.get("seed") is not None:
-        drawn = initial_noise(case.tensors["noise"].shape[1:], case.description["seed"]).unsqueeze(0)
-        checks += tolerance.compare("noise", drawn, case.tensors["noise"])
+    checks = _own_schedule_checks(case, state, tolerance) + _expert_checks(case, state)
     if fault:
-        start = _expected_start(case, state)
-        return Report([*checks, *tolerance.compare("latents_init", state.latents, start)], [fault])
+        return Report(checks + _loop_checks(case, state, tolerance), [fault])
+    checks += _table_checks(case, state, tolerance) + _noise_checks(case, tolerance)
     checks += tolerance.compare("latents_init", state.latents.unsqueeze(0), case.tensors["latents_init"])
     run = run_to_end(case.model(), state)
     checks += _velocity_checks(case, run, tolerance)
@@ -115,22 +112,51 @@ def _given(case: Case) -> Tensor:
     return latents[:, positions] if by_position else latents
 
 
-def _schedule_checks(case: Case, state: GenerationState, tolerance: Tolerance, *, fault: bool) -> list[Check]:
-    recorded, tables = case.tensors, state.tables
-    fed = recorded["model_timesteps"].float()
-    sigma, sigma_next = recorded["sigma"], recorded["sigma_next"]
-    if fault:
-        multipliers = {entry.position: entry.noise_multiplier for entry in state.request.conditioning}
-        sigma, sigma_next = expected_tables(recorded["sigmas"], fed, fed.shape[1], multipliers)
+def _own_schedule_checks(case: Case, state: GenerationState, tolerance: Tolerance) -> list[Check]:
+    """The scalar schedule, before any frame has its own."""
     own = shifted_sigmas(state.num_steps, state.request.shift)[:-1]
+    timesteps = case.tensors["timesteps"].double() / TIMESTEP_SCALE  # the tolerance is one of sigma
     return [
-        *tolerance.compare("sigmas", own, recorded["sigmas"], "sigma"),
-        # Recorded in units of 1000 sigma; the tolerance is one of sigma.
-        *tolerance.compare("timesteps", own.double(), recorded["timesteps"].double() / TIMESTEP_SCALE, "sigma"),
-        *tolerance.compare("model_timesteps", tables.model_timesteps, fed, "model_timesteps"),
-        *tolerance.compare("sigma", tables.sigma, sigma, "sigma"),
-        *tolerance.compare("sigma_next", tables.sigma_next, sigma_next, "sigma"),
+        *tolerance.compare("sigmas", own, case.tensors["sigmas"], "sigma"),
+        *tolerance.compare("timesteps", own.double(), timesteps, "sigma"),
     ]
+
+
+def _table_checks(case: Case, state: GenerationState, tolerance: Tolerance) -> list[Check]:
+    tables, recorded = state.tables, case.tensors
+    return [
+        *tolerance.compare("model_timesteps", tables.model_timesteps, recorded["model_timesteps"], "model_timesteps"),
+        *tolerance.compare("sigma", tables.sigma, recorded["sigma"], "sigma"),
+        *tolerance.compare("sigma_next", tables.sigma_next, recorded["sigma_next"], "sigma"),
+    ]
+
+
+def _noise_checks(case: Case, tolerance: Tolerance) -> list[Check]:
+    """That the seed draws the recorded noise, where a seed is recorded."""
+    seed = case.description.get("seed")
+    if seed is None:
+        return []
+    drawn = initial_noise(case.tensors["noise"].shape[1:], seed).unsqueeze(0)
+    return tolerance.compare("noise", drawn, case.tensors["noise"])
+
+
+def _loop_checks(case: Case, state: GenerationState, tolerance: Tolerance) -> list[Check]:
+    """Tables and start against the loop's own sigma, for a recording of a fault."""
+    fed, sigma, sigma_next = expected_tables(
+        case.tensors["sigmas"],
+        case.tensors["timesteps"].to(DTYPES[case.precision]),
+        state.request.num_latent_frames,
+        {entry.position: entry.noise_multiplier for entry in state.request.conditioning},
+    )
+    checks = [
+        *tolerance.compare("model_timesteps", state.tables.model_timesteps, fed, "model_timesteps"),
+        *tolerance.compare("sigma", state.tables.sigma, sigma, "sigma"),
+        *tolerance.compare("sigma_next", state.tables.sigma_next, sigma_next, "sigma"),
+    ]
+    if tolerance.covers("latents_init"):
+        checks += _noise_checks(case, tolerance)
+        checks += tolerance.compare("latents_init", state.latents, _expected_start(case, state))
+    return checks
 
 
 def _expert_checks(case: Case, state: GenerationState) -> list[Check]:

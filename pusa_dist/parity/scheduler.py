@@ -10,7 +10,7 @@ from pusa_dist.config import Precision
 from pusa_dist.parity.cases import Case
 from pusa_dist.parity.faults import expected_tables, known_fault
 from pusa_dist.parity.verdict import Check, Report, Tolerance
-from pusa_dist.schedule import TIMESTEP_SCALE, expert_index, shifted_sigmas, step_tables, training_weights
+from pusa_dist.schedule import DTYPES, TIMESTEP_SCALE, expert_index, shifted_sigmas, step_tables, training_weights
 
 SUBJECTS = ("model_timesteps", "sigma")
 DEFAULT_SHIFT = 5.0
@@ -80,16 +80,15 @@ def _conditioning(pipeline: str, described: Mapping[str, Any]) -> tuple[int, dic
 
 
 def _without_fault(name: str, case: Case) -> Tensor:
-    prefix, _, tensor = name.rpartition(".")
-    schedule = prefix.rpartition(".")[0]
-    match = _SCHEDULE.fullmatch(name)
-    if match is None:
+    """What the recorded scalar schedule gives by loop index, in place of a faulty table."""
+    schedule, table = _SCHEDULE.fullmatch(name), _TABLE.fullmatch(".".join(name.rsplit(".", 2)[1:]))
+    if schedule is None or table is None:
         raise ValueError(f"tensor name {name!r} is not understood")
-    frames, multipliers = _conditioning(match["pipeline"], case.description)
-    tables = expected_tables(
-        case.tensors[f"{schedule}.sigmas"], case.tensors[f"{prefix}.model_timesteps"], frames, multipliers
-    )
-    return tables[tensor == "sigma_next"]
+    prefix = name.removesuffix(f".{table[0]}")
+    frames, multipliers = _conditioning(schedule["pipeline"], case.description)
+    timesteps = case.tensors[f"{prefix}.timesteps"].to(DTYPES["bf16" if table["precision"] == "bf16" else "fp32"])
+    _, sigma, sigma_next = expected_tables(case.tensors[f"{prefix}.sigmas"], timesteps, frames, multipliers)
+    return sigma if table["tensor"] == "sigma" else sigma_next
 
 
 def _experts(described: Mapping[str, Any]) -> Mapping[str, list[str]]:

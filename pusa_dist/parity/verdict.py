@@ -24,7 +24,7 @@ class Check:
     @property
     def at_least(self) -> bool:
         """Whether the limit is a lower one."""
-        return self.measure.rpartition("min_")[1] != ""
+        return "min_" in self.measure
 
     @property
     def passed(self) -> bool:
@@ -109,6 +109,10 @@ class Tolerance:
             Check(led + measure, what, _MEASURES[measure](ours, recorded), limit, informational)
             for measure, limit in limits.items()
         ]
+
+    def covers(self, subject: str) -> bool:
+        """Whether a limit is stated for a subject, or for everything."""
+        return bool(self.limits.get(subject) or self.limits.get(""))
 
     def is_informational(self, what: str) -> bool:
         """Whether a difference in this tensor is shown and does not fail."""

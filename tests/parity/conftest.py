@@ -169,6 +169,7 @@ def add_scheduler(writer):
             prefix = f"{pipeline}.shift2.5.steps7"
             recorded |= {
                 f"{prefix}.sigmas": sigmas[:-1],
+                f"{prefix}.timesteps": sigmas[:-1] * 1000,
                 f"{prefix}.{precision}.model_timesteps": fed,
                 f"{prefix}.{precision}.sigma": sigmas[:-1, None] * share,
                 f"{prefix}.{precision}.sigma_next": sigmas[1:, None] * share,

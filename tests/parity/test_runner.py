@@ -69,6 +69,15 @@ def test_a_recorded_upstream_fault_is_named_and_checked_against_the_loops_own_si
     assert "upstream_fault=77 is not known" in judge_one(copy, "full").notes
 
 
+def test_a_schedule_that_records_the_fault_is_checked_against_the_loops_own_sigma(copy):
+    change_json(copy, "times", upstream_fault=2)
+    for precision in ("fp32", "bf16"):
+        change_tensor(copy, "times", f"wan22_v2v.shift2.5.steps7.{precision}.sigma", lambda tensor: tensor.roll(1, 0))
+    assert judge_one(copy, "times").verdict == "ok"
+    change_tensor(copy, "times", "wan22_v2v.shift2.5.steps7.sigmas", lambda tensor: tensor + 0.01)
+    assert judge_one(copy, "times").verdict == "FAIL"
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -81,7 +90,7 @@ def test_a_recorded_upstream_fault_is_named_and_checked_against_the_loops_own_si
         ("pair", "noise_pred"),
         ("pair", "model_timesteps"),
         ("half", "sigma_next"),
-        ("full", "model_timesteps"),
+        ("full", "timesteps"),
         ("full", "sigmas"),
         ("velocity", "output"),
         ("velocity", "timestep"),

@@ -1,12 +1,14 @@
 """Denoising loops against recorded ones: the sampler by itself, then with the transformer."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.parity.cases import CaseFolder
 from pusa_dist.parity.sampler import initial_state, run_to_end
 from pusa_dist.sampler import advance
@@ -84,6 +86,24 @@ def test_the_clean_first_frame_comes_back_bit_equal():
 def test_two_experts_take_turns_as_recorded():
     case = recorded_case("wan22_i2v")
     assert list(initial_state(case).experts) == case.description["experts_per_step"]
+
+
+def test_loops_at_different_steps_share_a_forward_of_the_transformer():
+    cases = [recorded_case(name) for name in ("i2v_mult0", "i2v_mult0p2", "t2v")]
+    transformer = build_transformer(cases[0].model(), "main", device="cpu", precision="fp32")
+
+    def velocity(latents, timestep, context, negative, scale):
+        positive, negative = (transformer(latents, timestep, each) for each in (context, negative))
+        return negative + scale.view(-1, 1, 1, 1, 1) * (positive - negative)
+
+    states = [initial_state(case) for case in cases]
+    states = [replace(state, request=replace(state.request, model="one")) for state in states]
+    for _ in range(4):
+        (states[0],) = advance([states[0]], velocity)
+    (states[1],) = advance([states[1]], velocity)
+    alone = [advance([state], velocity)[0].latents for state in states]
+    together = [state.latents for state in advance(states, velocity)]
+    torch.testing.assert_close(torch.stack(together), torch.stack(alone), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
