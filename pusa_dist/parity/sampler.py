@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.conditioning import initial_noise
@@ -187,27 +186,28 @@ class Run:
 def run_to_end(model: ModelConfig, state: GenerationState) -> Run:
     """Denoise a state on a gang of one rank, recording every step."""
     run = Run()
-    with _gang_of_one() as mesh:
-        velocities = {expert: _recording(_velocity(model, expert, mesh), run) for expert in model.experts}
-        with torch.no_grad():
-            while not state.is_final:
-                (state,) = advance([state], velocities[state.expert])
-                run.latents.append(state.latents)
+    with _velocities(model) as velocities, torch.no_grad():
+        recording = {expert: _recording(velocity, run) for expert, velocity in velocities.items()}
+        while not state.is_final:
+            (state,) = advance([state], recording[state.expert])
+            run.latents.append(state.latents)
     return run
 
 
 @contextmanager
-def _gang_of_one() -> Iterator[DeviceMesh]:
+def _velocities(model: ModelConfig) -> Iterator[dict[str, VelocityFn]]:
+    """Guided velocity of every expert, on a gang of one that lasts as long as the context."""
+    precision = model.precision_on("cpu")
+    mesh = join_gang(0, 1, "127.0.0.1", free_port(), ParallelConfig(), "cpu", 60.0)
     try:
-        yield join_gang(0, 1, "127.0.0.1", free_port(), ParallelConfig(), "cpu", 60.0)
+        loaded = {name: build_transformer(model, name, device="cpu", precision=precision) for name in model.experts}
+        group = mesh.get_group("cfg")
+        yield {
+            name: partial(guided_velocity, parallelize(transformer, mesh), cfg_group=group)
+            for name, transformer in loaded.items()
+        }
     finally:
         leave_gang()
-
-
-def _velocity(model: ModelConfig, expert: str, mesh: DeviceMesh) -> VelocityFn:
-    precision = model.precision_on("cpu")
-    transformer = parallelize(build_transformer(model, expert, device="cpu", precision=precision), mesh)
-    return partial(guided_velocity, transformer, cfg_group=mesh.get_group("cfg"))
 
 
 def _recording(velocity: VelocityFn, run: Run) -> VelocityFn:
