@@ -4,6 +4,8 @@ A plain class; nothing here knows of Ray or of a route. Every method blocks (dat
 media), so the routes call it from worker threads.
 """
 
+import logging
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,11 +21,13 @@ from serve.config import ServeConfig
 from serve.content import finished_artifact
 from serve.errors import ServeError, video_not_found
 from serve.extension import extend_clip
-from serve.jobs import DuplicateKeyError, Job, JobStore, Priority, StoredInput, new_job_id
+from serve.jobs import JOB_ID_PATTERN, DuplicateKeyError, Job, JobStore, Priority, StoredInput, new_job_id
 from serve.repeats import Origin
 from serve.schemas import VideoBody
 from serve.tenants import Tenants
 from serve.uploads import IncomingBody, Upload, VideoReference
+
+logger = logging.getLogger(__name__)
 
 Readiness = Callable[[], Awaitable[Mapping[str, bool]]]
 """Whether each deployment is ready, by its name."""
@@ -106,6 +110,7 @@ class Gateway:
         Raises:
             ServeError: 404, it does not exist.
         """
+        _check_id(video_id)
         return _found(self._store.get(tenant, video_id), video_id)
 
     def page(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
@@ -118,8 +123,10 @@ class Gateway:
         Raises:
             ServeError: 404, it does not exist.
         """
+        _check_id(video_id)
         job = _found(self._store.delete(tenant, video_id), video_id)
         self.artifacts.delete(job_prefix(job.id))
+        logger.info("job %s of tenant %s deleted while %s", job.id, job.tenant, job.status)
 
     def cancel(self, tenant: str, video_id: str) -> Job:
         """Stop a job: at once if it is queued, at its next step if it runs.
@@ -127,6 +134,7 @@ class Gateway:
         Raises:
             ServeError: 404, it does not exist; 409, it has already ended otherwise.
         """
+        _check_id(video_id)
         job = _found(self._store.request_cancel(tenant, video_id), video_id)
         if job.status in ("completed", "failed"):
             raise ServeError(
@@ -195,6 +203,7 @@ class Gateway:
                 if earlier is not None:
                     return earlier
             raise
+        logger.info("job %s of tenant %s accepted with %d inputs", job.id, job.tenant, len(job.inputs))
         return job
 
     def _check_tokens(self, text: str, param: str) -> None:
@@ -219,6 +228,12 @@ class Gateway:
 
 def _params(order: VideoBody) -> RequestParams:
     return order.params(seed=secrets.randbelow(MAX_DRAWN_SEED))
+
+
+def _check_id(video_id: str) -> None:
+    """What cannot be an id is not looked up: a database may refuse some characters altogether."""
+    if not re.fullmatch(JOB_ID_PATTERN, video_id):
+        raise video_not_found(video_id)
 
 
 def _found(job: Job | None, video_id: str) -> Job:

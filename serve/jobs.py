@@ -88,6 +88,9 @@ class Job:
         return self.status not in ("queued", "in_progress")
 
 
+JOB_ID_PATTERN = r"^video_[0-9a-f]{34}$"
+
+
 class DuplicateKeyError(Exception):
     """The tenant has a job of this idempotency key."""
 

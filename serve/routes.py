@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.content import Variant, content_response, finished_artifact
 from serve.errors import ErrorBody, ServeError
 from serve.gateway import Gateway
-from serve.jobs import Job
+from serve.jobs import JOB_ID_PATTERN, Job
 from serve.repeats import Origin
 from serve.uploads import IncomingBody, read_body
 from serve.views import Model, ModelList, Video, VideoDeleted, VideoList, model_view, page_view, video_view
@@ -55,7 +55,7 @@ class ListQuery(BaseModel):
     """Which page of the videos."""
 
     model_config = ConfigDict(extra="forbid")
-    after: str | None = None
+    after: str | None = Field(None, pattern=JOB_ID_PATTERN)
     limit: int = Field(20, ge=1, le=100)
     order: Literal["asc", "desc"] = "desc"
 
@@ -81,7 +81,10 @@ def create_video(gateway: TheGateway, tenant: Tenant, body: CreateBody, request:
 
 @router.post("/v1/videos/extensions")
 def extend_video(gateway: TheGateway, tenant: Tenant, body: ExtendBody, request: Request, response: Response) -> Video:
-    """Order a video that goes on where ``video`` (a file, or ``{"id": ...}``) ends."""
+    """Order a video that goes on where ``video`` (a file, or ``{"id": ...}``) ends.
+
+    Its first frames are the clip's last ones again, up to four latent frames, so that the two join.
+    """
     origin = Origin.of("extend", request.headers, body)
     return _answer(gateway, gateway.extend(tenant, body, origin), response)
 

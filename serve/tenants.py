@@ -12,6 +12,7 @@ from pusa_dist.errors import ConfigError
 from serve.errors import unauthenticated
 
 LOCAL = "local"
+MAX_NAME_LENGTH = 128
 
 
 class Tenants:
@@ -45,6 +46,10 @@ class Tenants:
             if len(words) != 2:
                 raise ConfigError(f"keys_file={path}, line {number}: write 'tenant key', two words")
             tenant, key = words
+            if len(tenant) > MAX_NAME_LENGTH:
+                raise ConfigError(
+                    f"keys_file={path}, line {number}: a tenant's name has at most {MAX_NAME_LENGTH} letters"
+                )
             if digests.setdefault(_digest(key), tenant) != tenant:
                 raise ConfigError(f"keys_file={path}, line {number}: this key already belongs to another tenant")
         if not digests:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.geometry import PIXEL_MULTIPLE
-from serve.jobs import Job, Stage, Status
+from serve.jobs import Job, Priority, Stage, Status
 
 TASKS = (
     "text-to-video",
@@ -42,6 +42,7 @@ class VideoFacts(BaseModel):
     num_steps: int
     queue_position: int | None
     """1 for the oldest queued job; None when not queued, and in lists."""
+    priority: Priority
     attempt: int
     seed: int
     precision: str | None
@@ -128,6 +129,7 @@ def video_view(job: Job, queue_position: int | None = None) -> Video:
             step=job.step,
             num_steps=job.num_steps,
             queue_position=queue_position,
+            priority=job.priority,
             attempt=job.attempt,
             seed=request.seed,
             precision=job.precision,

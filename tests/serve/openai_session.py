@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 
 MAJOR, BASE_URL, FOLDER = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 PNG = (FOLDER / "a.png").read_bytes()
@@ -16,12 +17,10 @@ MP4 = (FOLDER / "a.mp4").read_bytes()
 
 
 def refused(kind: type[openai.APIStatusError], call: Any, *args: Any, **kwargs: Any) -> openai.APIStatusError:
-    try:
+    with pytest.raises(kind) as refusal:
         call(*args, **kwargs)
-    except kind as error:
-        assert error.request_id
-        return error
-    raise AssertionError(f"{kind.__name__} was not raised")
+    assert refusal.value.request_id
+    return refusal.value
 
 
 assert int(openai.__version__.split(".")[0]) == MAJOR, openai.__version__

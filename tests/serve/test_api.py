@@ -10,6 +10,7 @@ import pytest
 
 from tests.serve.api_support import VARIANTS, Service, mp4, open_service, png, pusa
 
+ABSENT = f"video_{'0' * 34}"
 VIDEO_KEYS = {
     "id",
     "object",
@@ -268,7 +269,13 @@ def test_pages_join_to_the_whole_list(service: Service, order: str) -> None:
 
 @pytest.mark.parametrize(
     ("params", "param"),
-    [({"limit": 0}, "limit"), ({"limit": 101}, "limit"), ({"limit": "x"}, "limit"), ({"order": "up"}, "order")],
+    [
+        ({"limit": 0}, "limit"),
+        ({"limit": 101}, "limit"),
+        ({"limit": "x"}, "limit"),
+        ({"order": "up"}, "order"),
+        ({"after": "x"}, "after"),
+    ],
 )
 def test_a_list_with_impossible_parameters_is_refused(service: Service, params: dict[str, Any], param: str) -> None:
     answer = service.client.get("/v1/videos", params=params)
@@ -276,13 +283,13 @@ def test_a_list_with_impossible_parameters_is_refused(service: Service, params: 
 
 
 def test_a_misspelt_query_parameter_is_refused(service: Service) -> None:
-    for url in ("/v1/videos?limt=3", "/v1/videos/video_0/content?varient=thumbnail"):
+    for url in ("/v1/videos?limt=3", f"/v1/videos/{ABSENT}/content?varient=thumbnail"):
         answer = service.client.get(url)
         assert (answer.status_code, error_of(answer)["code"]) == (400, "unknown_field")
 
 
 def test_an_unknown_variant_is_refused_with_those_that_exist(service: Service) -> None:
-    answer = service.client.get("/v1/videos/video_0/content?variant=gif")
+    answer = service.client.get(f"/v1/videos/{ABSENT}/content?variant=gif")
     assert (answer.status_code, error_of(answer)["param"]) == (400, "variant")
     assert "spritesheet" in error_of(answer)["message"]
 
@@ -344,7 +351,7 @@ def test_what_cannot_be_extended_is_refused(service: Service) -> None:
 
     image, clip = {"video": ("a", png())}, {"video": ("a", mp4())}
     assert refusal(json={"prompt": "on", "video": {"id": unfinished}}) == (409, "video_not_ready")
-    assert refusal(json={"prompt": "on", "video": {"id": "video_0"}}) == (404, "video_not_found")
+    assert refusal(json={"prompt": "on", "video": {"id": ABSENT}}) == (404, "video_not_found")
     assert refusal(json={"prompt": "on"}) == (400, "one_video")
     assert refusal(data={"prompt": "on"}, files=image) == (400, "not_a_clip")
     assert refusal(data={"prompt": "on", "pusa": pusa(num_frames=1)}, files=clip) == (400, "too_short")
@@ -387,14 +394,16 @@ def test_health_tells_ready_from_starting(service: Service) -> None:
         ("GET", "/v2/videos", 404, "unknown_route"),
         ("GET", "/v1/videos/", 404, "unknown_route"),
         ("PUT", "/v1/videos", 405, "method_not_allowed"),
+        ("GET", f"/v1/videos/{ABSENT}", 404, "video_not_found"),
         ("GET", "/v1/videos/video_0", 404, "video_not_found"),
-        ("DELETE", "/v1/videos/video_0", 404, "video_not_found"),
-        ("POST", "/v1/videos/video_0/cancel", 404, "video_not_found"),
-        ("GET", "/v1/videos/video_0/content", 404, "video_not_found"),
+        ("GET", "/v1/videos/%00", 404, "video_not_found"),
+        ("DELETE", f"/v1/videos/{ABSENT}", 404, "video_not_found"),
+        ("POST", f"/v1/videos/{ABSENT}/cancel", 404, "video_not_found"),
+        ("GET", f"/v1/videos/{ABSENT}/content", 404, "video_not_found"),
         ("POST", "/v1/videos/edits", 400, "not_supported"),
         ("POST", "/v1/videos/characters", 400, "not_supported"),
         ("GET", "/v1/videos/characters/c1", 400, "not_supported"),
-        ("POST", "/v1/videos/video_0/remix", 400, "not_supported"),
+        ("POST", f"/v1/videos/{ABSENT}/remix", 400, "not_supported"),
     ],
 )
 def test_refusals_have_the_openai_shape_and_say_what_to_use(
@@ -414,7 +423,7 @@ def test_what_nobody_expected_is_logged_with_its_id_and_shows_nothing_inside(
 
     monkeypatch.setattr(service.gateway, "get", broken)
     with caplog.at_level(logging.ERROR):
-        answer = service.client.get("/v1/videos/video_0")
+        answer = service.client.get(f"/v1/videos/{ABSENT}")
     assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
     assert "secret" not in answer.text
     request_id = answer.headers["x-request-id"]

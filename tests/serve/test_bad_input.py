@@ -18,7 +18,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield opened
 
 
-def form(files: list[tuple[str, tuple[str, bytes]]] | None = None, **fields: Any) -> dict[str, Any]:
+def form(files: list[tuple[str, tuple[str, bytes]]] | None = None, /, **fields: Any) -> dict[str, Any]:
     return {"data": {"prompt": "a cat", **fields}, "files": files}
 
 
