@@ -86,10 +86,9 @@ class Generator:
         denoised = time.perf_counter()
         if self.is_first:
             out.parent.mkdir(parents=True, exist_ok=True)
-            writer = Mp4Writer(out, request.width, request.height, request.fps)
-            for frames in self._codec.decode(latents):
-                writer.write(frames)
-            writer.close()
+            with Mp4Writer(out, request.width, request.height, request.fps) as writer:
+                for frames in self._codec.decode(latents):
+                    writer.write(frames)
         done = time.perf_counter()
         return {
             "encode": encoded - start,
