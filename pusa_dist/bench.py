@@ -156,10 +156,11 @@ def forward_pair(
 def diffusers_twin(model: VectorTimestepTransformer) -> Any:
     """Diffusers' own transformer over the very same parameters."""
     with torch.device("meta"):
-        twin = WanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+        twin: Any = WanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     twin.load_state_dict(model.state_dict(), assign=True)
     # Its rotary tables are buffers outside the state dict, so that they must be made on a real device.
-    twin.rope = type(twin.rope)(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)
+    shape = (model.config[key] for key in ("attention_head_dim", "patch_size", "rope_max_seq_len"))
+    twin.rope = type(twin.rope)(*shape)
     return twin.eval().requires_grad_(False)
 
 

@@ -32,7 +32,7 @@ def parallelize(
         ConfigError: the heads cannot be shared so; or xfuser cannot be used here, or differs from ours.
     """
     shard = SequenceShard(mesh.get_group("ring"), mesh.get_group("ulysses"))
-    heads = model.config.num_attention_heads
+    heads = model.config["num_attention_heads"]
     if heads % shard.ulysses_degree:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(
@@ -47,7 +47,7 @@ def parallelize(
         from pusa_dist.parallel.xfuser_usp import admitted_usp
 
         like = model.proj_out.weight
-        model.attention = admitted_usp(mesh, ours, heads, model.config.attention_head_dim, like)
+        model.attention = admitted_usp(mesh, ours, heads, model.config["attention_head_dim"], like)
     else:
         raise ConfigError(f"attention={attention!r}: use ours or xfuser")
     return model

@@ -182,8 +182,8 @@ def _tokens_of_rank(shard: SequenceShard, whole: Tensor) -> Tensor:
 
 
 def _attention_in_float32(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads_first = [x.float().transpose(1, 2).contiguous() for x in (query, key, value)]
-    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (x.float().transpose(1, 2).contiguous() for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

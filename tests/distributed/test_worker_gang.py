@@ -1,0 +1,81 @@
+"""The worker end to end on ranks: admit, step, checkpoint on one gang, restore on another, finish."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pusa_dist.config import ParallelConfig, load_model_config
+from pusa_dist.request import ConditioningParams, MediaInfo, RequestParams, resolve_request
+from pusa_dist.worker import Worker, WorkerOptions
+
+STEPS = 4
+DEGREES = {1: (1, 1, 1), 2: (2, 1, 1), 4: (1, 2, 2)}
+
+
+def small_request(model):
+    params = RequestParams(
+        prompt="a ball rolls",
+        seed=1,
+        width=112,
+        height=80,
+        num_frames=9,
+        num_inference_steps=STEPS,
+        lora_alpha=1.2,
+        conditioning=(ConditioningParams(position="start", noise_multiplier=0.2),),
+    )
+    return resolve_request(params, [MediaInfo(kind="image", width=64, height=64, num_frames=1)], model)
+
+
+def generate(place, model_name):
+    """Final latents: straight through, from a checkpoint after two steps, and sharing forwards with another."""
+    model = load_model_config(model_name)
+    cfg, ring, ulysses = DEGREES[place.world_size]
+    parallel = ParallelConfig(cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
+    worker = Worker(model, parallel, WorkerOptions(threads=1, timeout_s=60))
+    worker.join(place.rank, place.world_size, "127.0.0.1", place.port)
+    shared = worker.share(f"from rank {place.rank}")
+
+    request = small_request(model)
+    generator = torch.Generator().manual_seed(7)
+    context, negative = torch.randn(2, 9, model.transformer.text_dim, generator=generator)
+    given = torch.randn(16, 1, 10, 14, generator=generator)
+    worker.admit("straight", request, context, negative, given)
+    for _ in range(2):
+        worker.step(["straight"])
+    half = worker.checkpoint("straight")
+    finals = [finish(worker, "straight", 2)]
+
+    worker.restore("resumed", half)
+    finals.append(finish(worker, "resumed", 2))
+
+    worker.restore("sharing", half)
+    worker.admit("other", replace(request, seed=2, guidance_scale=2.0), negative, context, given)
+    if len(model.experts) == 1:  # steps of different experts share no forward
+        assert worker.step(["sharing", "other"]) == {"sharing": 3, "other": 1}
+        assert worker.step(["other", "sharing"]) == {"sharing": 4, "other": 2}
+        finals.append(worker.finish("sharing"))
+        finals.append(finish(worker, "other", 2))
+    worker.leave()
+    return finals, shared
+
+
+def finish(worker, job_id, steps):
+    for _ in range(steps):
+        worker.step([job_id])
+    return worker.finish(job_id)
+
+
+@pytest.mark.parametrize("model_name", ["debug", "debug-two-expert"])
+def test_a_gang_of_workers_generates_what_one_worker_does(run_ranks, model_name):
+    expected, _ = run_ranks(1, generate, model_name)[0]
+    for world_size in (2, 4):
+        ranks = run_ranks(world_size, generate, model_name)
+        for rank, (finals, shared) in enumerate(ranks):
+            differences = [(a - b).abs().max().item() for a, b in zip(finals, expected, strict=True)]
+            assert max(differences) < 1e-5, f"rank {rank} of {world_size}: {differences}"
+            assert torch.equal(finals[0], finals[1]), "a state that went through a checkpoint ends elsewhere"
+            assert all(torch.equal(a, b) for a, b in zip(finals, ranks[0][0], strict=True))
+            # In a batch a sample's sums may be taken in another order: equal, not bit-equal.
+            assert all((shared_one - finals[0]).abs().max() < 1e-5 for shared_one in finals[2:3])
+            assert shared == "from rank 0"
