@@ -61,7 +61,7 @@ def test_anything_else_is_refused(keys_file: str, header: str | None) -> None:
         ("# only a comment\n", "holds no keys"),
         ("red key-red\nsecret-alone\n", "line 2: write 'tenant key'"),
         ("red key-red\nblue key-red\n", "line 2: this key already belongs"),
-        (f"{'r' * 129} key-red\n", "line 1: tenant name"),
+        (f"{'r' * 129} key-red\n", "line 1: a tenant's name"),
         (None, "cannot be read"),
     ],
 )
