@@ -117,11 +117,8 @@ class Worker:
         return self._residents[job_id].to_bytes()
 
     def finish(self, job_id: str) -> Tensor:
-        """Final latents (C, F, H, W) in float32 on the CPU; the generation is no longer resident."""
-        latents = self._residents.pop(job_id).latents
-        if latents is None:
-            raise PusaError(f"{job_id} has not made a step yet")
-        return latents.float().cpu()
+        """Latents (C, F, H, W) in float32 on the CPU; the generation is no longer resident."""
+        return self._residents.pop(job_id).latents.float().cpu()
 
     def drop(self, job_id: str) -> None:
         """Forget a resident, if it is one."""
