@@ -16,6 +16,8 @@ from pusa_dist.errors import RequestError
 from pusa_dist.request import ConditioningParams, Fit, RequestParams
 from serve.jobs import Priority
 
+MAX_NAME_SHOWN = 80
+
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
@@ -160,6 +162,7 @@ def param_name(loc: Iterable[str | int]) -> str:
 
 def unknown_field(name: str, param: str, known: list[str]) -> RequestError:
     """The refusal of a field that does not exist here, with the nearest one that does."""
+    param = param[:MAX_NAME_SHOWN]
     nearest = get_close_matches(name, known, n=1, cutoff=0.5)
     if "." not in param and name in PusaBody.model_fields:
         remedy = "send it inside the JSON part 'pusa'"

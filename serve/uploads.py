@@ -7,8 +7,8 @@ of a video made here. Media by URL is refused: nothing is ever fetched.
 
 import asyncio
 import base64
-import binascii
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -99,8 +99,8 @@ def _no_constant(name: str) -> None:
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r} is given twice")
     return values
 
 
@@ -165,17 +165,17 @@ def _with_plain_fields(fields: dict[str, Any], pusa: Any) -> Any:
 
 def _from_references(value: Any, media_field: str) -> Iterable[Upload | VideoReference]:
     if not isinstance(value, list):
-        yield _from_reference(value, media_field, media_field)
+        yield _from_reference(value, media_field)
         return
     for index, one in enumerate(value):
-        yield _from_reference(one, media_field, f"{media_field}[{index}]")
+        yield _from_reference(one, f"{media_field}[{index}]")
 
 
-def _from_reference(value: Any, media_field: str, param: str) -> Upload | VideoReference:
+def _from_reference(value: Any, param: str) -> Upload | VideoReference:
     if isinstance(value, str):
         return _from_url(value, param)
     if isinstance(value, dict) and len(value) == 1:
-        return _from_object(value, param if media_field != param else media_field)
+        return _from_object(value, param)
     raise RequestError(f'{param}: write {{"image_url": "data:..."}}', param, "invalid_reference")
 
 
@@ -214,5 +214,5 @@ def _from_url(url: str, param: str) -> Upload:
         )
     try:
         return Upload(param, base64.b64decode(payload, validate=True), content_type)
-    except binascii.Error as error:
+    except ValueError as error:
         raise RequestError(f"{param}: the data URL's base64 is broken: {error}", param, "invalid_data_url") from error

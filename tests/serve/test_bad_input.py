@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ TWO = [*image(png()), *image(png())]
 BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     # fields
     "unknown field": (body(colour="red"), "unknown_field", "colour", "use prompt"),
+    "field name of 100 kB": (body(**{"x" * 100_000: 1}), "unknown_field", "x" * 80, "use prompt"),
     "misspelt prompt": (raw('{"promt": "x"}'), "unknown_field", "promt", "'prompt'"),
     "misspelt pusa field": (body(pusa={"num_inference_step": 4}), "unknown_field", "pusa.num_inference_step", "steps'"),
     "misspelt plain field": (body(guidance_scal=4), "unknown_field", "guidance_scal", "use prompt"),
@@ -205,6 +207,18 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
         "input_reference.image_url",
         "base64",
     ),
+    "data URL that is not ASCII": (
+        body(input_reference={"image_url": "data:image/png;base64,\u732b"}),
+        "invalid_data_url",
+        "input_reference.image_url",
+        "base64",
+    ),
+    "data URL without base64": (
+        body(input_reference=["data:image/svg+xml,<svg/>"]),
+        "invalid_data_url",
+        "input_reference[0]",
+        "write a data URL",
+    ),
     "media by file id": (
         form(**{"input_reference[file_id]": "file-1"}),
         "not_supported",
@@ -289,6 +303,14 @@ def test_every_parameter_of_ours_is_accepted_where_its_value_is_good(service: Se
     for name in set(good) - {"conditioning", "priority"}:
         assert resolved[name] == good[name]
     service.client.delete(f"/v1/videos/{answer.json()['id']}")
+
+
+def test_an_object_of_many_keys_and_one_twice_is_refused_quickly(service: Service) -> None:
+    keys = [f'"{index}": 0' for index in range(100_000)]
+    started = time.monotonic()
+    answer = service.client.post("/v1/videos", **raw("{" + ", ".join([*keys, keys[-1]]) + "}"))
+    assert answer.json()["error"]["code"] == "invalid_json"
+    assert time.monotonic() - started < 10
 
 
 def test_the_service_goes_on_after_all_of_it(service: Service) -> None:
