@@ -93,10 +93,11 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             ray_serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": host, "port": port},
-                logging_config={"log_level": "WARNING"},
+                logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             try:
-                ray_serve.run(build_app(config), name=APP_NAME, blocking=False)
+                quiet = {"log_level": "WARNING", "enable_access_log": False}
+                ray_serve.run(build_app(config), name=APP_NAME, logging_config=quiet)
             except RuntimeError as error:
                 print(f"serve: {error}", *_reasons(ray_serve.status()), sep="\n", file=sys.stderr)
                 return 1

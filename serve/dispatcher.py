@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 POLL_S = 0.1
 LEASE_S = 10.0
+GANG_POLL_S = 0.5
 MAX_GANG_DEATHS = 2
 """A job that was on a gang this many times when it died is failed."""
 MAX_ATTEMPTS = 6
@@ -231,12 +232,17 @@ class Dispatcher:
         self, attempt: _Attempt, context: TensorRef, negative: TensorRef | None, given: TensorRef | None
     ) -> TensorRef:
         job = attempt.job
-        async with aclosing(self._stages.denoise(job.id, job.request, context, negative, given)) as messages:
-            async for message in messages:
-                if isinstance(message, Finished):
-                    return message.latents
-                attempt.step, attempt.is_reported = message.step, False
-        raise ReplicaLostError("the denoiser ended its stream without a result")
+        while True:
+            messages = self._stages.denoise(job.id, job.request, context, negative, given)
+            try:
+                async with aclosing(messages):
+                    async for message in messages:
+                        if isinstance(message, Finished):
+                            return message.latents
+                        attempt.step, attempt.is_reported = message.step, False
+                raise ReplicaLostError("the denoiser ended its stream without a result")
+            except GangUnavailableError:
+                await asyncio.sleep(GANG_POLL_S)  # nothing of the job ran there; its replacement is on the way
 
     @contextmanager
     def _stage(self, attempt: _Attempt, stage: Stage) -> Any:
@@ -262,8 +268,6 @@ class Dispatcher:
                 return await self._failed(job, "gang_died_twice", message)
             return await self._again(job, "gang_lost", error, gang_died=True)
         if isinstance(error, ReplicaLostError) and job.attempt < MAX_ATTEMPTS:
-            if isinstance(error, GangUnavailableError):
-                await asyncio.sleep(1.0)  # its replacement is on the way
             return await self._again(job, "replica_lost", error, gang_died=False)
         if isinstance(error, ReplicaLostError):
             return await self._failed(

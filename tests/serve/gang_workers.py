@@ -46,24 +46,29 @@ class FakeWorker:
 
 
 class SleepyWorker(Worker):
-    """The real worker; rank 1 falls asleep inside its second step, on its first life only.
+    """The real worker, whose rank 1 falls asleep inside the second step of a job that asks for it, once.
 
-    Remembers in a file that it has slept, so that the next gang is healthy.
+    A job asks by the prompt ``sleep``; a file remembers that one has been had, so that the next gang works.
     """
 
     def __init__(self, *args, memory):
         super().__init__(*args)
         self.memory = memory
-        self.num_steps = 0
+        self.sleepy = set()
 
     def join(self, rank, *args):
         self.rank = rank
         super().join(rank, *args)
 
+    def admit(self, job_id, request, *tensors):
+        if request.prompt == "sleep" and not os.path.exists(self.memory):
+            self.sleepy.add(job_id)
+        super().admit(job_id, request, *tensors)
+
     def step(self, job_ids):
-        self.num_steps += 1
-        if self.rank == 1 and self.num_steps == 2 and not os.path.exists(self.memory):
+        done = super().step(job_ids)
+        if self.rank == 1 and self.sleepy & {job_id for job_id, step in done.items() if step == 2}:
             with open(self.memory, "w") as file:
                 file.write("slept")
             time.sleep(3600)
-        return super().step(job_ids)
+        return done

@@ -124,6 +124,7 @@ class World:
 
     async def ended(self, *job_ids):
         await self.until(lambda: all(self.job(job_id).is_final for job_id in job_ids))
+        await self.until(lambda: len(self.metrics.outcomes) == len(job_ids))
 
 
 @pytest.fixture
@@ -244,19 +245,42 @@ def test_a_job_on_a_second_lost_gang_is_failed(world):
     assert "two" in job.error_message
 
 
-@pytest.mark.parametrize(
-    "error", [ReplicaLostError("the VAE died"), GangUnavailableError("being replaced")], ids=["replica", "unavailable"]
-)
-def test_a_lost_process_that_was_not_the_jobs_gang_does_not_count_against_it(world, error):
+def test_a_lost_process_that_was_not_the_jobs_gang_does_not_count_against_it(world):
     world.add("j")
 
     async def scenario():
+        error = ReplicaLostError("the VAE died")
         world.stages.faults["j", "decode"] = [error, error]
         async with world.dispatcher():
             await world.ended("j")
 
     run(scenario)
     assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 3, 0)
+
+
+def test_a_job_that_keeps_losing_processes_is_failed_in_the_end(world):
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", "decode"] = [ReplicaLostError("the VAE died")] * 100
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").error_code, world.job("j").attempt) == ("replica_lost", 6)
+
+
+def test_a_job_waits_for_a_gang_that_is_being_replaced_without_losing_its_attempt(world):
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", "denoise"] = [GangUnavailableError("being replaced")]
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 1)
+    assert [call[0] for call in world.stages.calls].count("denoise") == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""What the end-to-end tests do over HTTP."""
+
+import time
+
+import httpx
+
+
+def create(client: httpx.Client, prompt="a cat", **pusa):
+    response = client.post("/v1/videos", json={"prompt": prompt, "pusa": pusa})
+    response.raise_for_status()
+    return response.json()["id"]
+
+
+def retrieve(client, job_id):
+    return client.get(f"/v1/videos/{job_id}").raise_for_status().json()
+
+
+def until(client, job_id, condition, timeout_s=60.0):
+    """Poll until the video satisfies the condition; returns it."""
+    deadline = time.monotonic() + timeout_s
+    while not condition(video := retrieve(client, job_id)):
+        assert time.monotonic() < deadline, f"never came true; last: {video['status']} {video['error']} {video['pusa']}"
+        time.sleep(0.03)
+    return video
+
+
+def completed(client, job_id, timeout_s=60.0):
+    video = until(client, job_id, lambda video: video["status"] in ("completed", "failed"), timeout_s)
+    assert video["status"] == "completed", video["error"]
+    return video

@@ -1,0 +1,177 @@
+"""The whole service on a local Ray with the debug model, over HTTP; and what happens when parts of it die."""
+
+import functools
+import io
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import zipfile
+
+import av
+import httpx
+import pytest
+import ray
+from PIL import Image
+from ray import serve as ray_serve
+
+from pusa_dist.worker import WorkerOptions
+from serve.app import application
+from serve.config import DenoiserConfig, ServeConfig
+from tests.e2e.client import completed, create, retrieve, until
+from tests.ray_cluster import local_ray
+from tests.serve import gang_workers
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+logger = logging.getLogger(__name__)
+
+FLOOR_S = 4.0
+LONG = {"num_inference_steps": 50, "num_frames": 49}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("service")
+    denoiser = DenoiserConfig(step_deadline_floor_s=FLOOR_S, first_step_allowance_s=6.0, ping_timeout_s=3.0)
+    config = ServeConfig(state_dir=str(folder), denoiser=denoiser)
+    options = WorkerOptions(threads=1)
+    sleepy = functools.partial(
+        gang_workers.SleepyWorker, config.load_model(), denoiser.parallel, options, memory=str(folder / "slept")
+    )
+    port = free_port()
+    ray.cloudpickle.register_pickle_by_value(gang_workers)
+    with local_ray():
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        ray_serve.start(
+            proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet
+        )
+        ray_serve.run(application(config, sleepy), name="pusa", logging_config=quiet)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            yield http
+        ray_serve.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(gang_workers)
+
+
+def rank_pids():
+    return ray_serve.get_deployment_handle("Denoiser", "pusa").rank_pids.remote().result(timeout_s=30)
+
+
+def test_every_role_is_a_deployment_and_the_service_is_ready(client):
+    answer = client.get("/health").raise_for_status().json()
+    assert answer["status"] == "ready"
+    assert set(ray_serve.status().applications["pusa"].deployments) == {
+        "Gateway", "Dispatcher", "TextEncoder", "Vae", "Denoiser",
+    }  # fmt: skip
+
+
+def test_a_photograph_and_a_prompt_become_a_playable_video(client):
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, "PNG")
+    response = client.post(
+        "/v1/videos",
+        data={"prompt": "a boat", "size": "96x64"},
+        files={"input_reference": ("photo.png", buffer.getvalue(), "image/png")},
+    )
+    response.raise_for_status()
+    video = completed(client, response.json()["id"])
+    assert set(video["pusa"]["stage_seconds"]) == {"text", "encode", "denoise", "decode"}
+    content = client.get(f"/v1/videos/{video['id']}/content").raise_for_status().content
+    with av.open(io.BytesIO(content)) as file:
+        frames = [frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)]
+    assert frames == [(64, 96, 3)] * 17
+    still = {
+        variant: client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant}).raise_for_status().content
+        for variant in ("thumbnail", "spritesheet", "frames")
+    }
+    assert Image.open(io.BytesIO(still["thumbnail"])).size == (96, 64)
+    assert Image.open(io.BytesIO(still["spritesheet"])).format == "JPEG"
+    assert len(zipfile.ZipFile(io.BytesIO(still["frames"])).namelist()) == 17
+
+
+def test_progress_moves_with_the_steps(client):
+    job_id = create(client, num_inference_steps=30, num_frames=49)
+    seen = []
+    while (video := retrieve(client, job_id))["status"] not in ("completed", "failed"):
+        seen.append((video["pusa"]["step"], video["progress"]))
+        time.sleep(0.02)
+    steps = sorted({step for step, _ in seen})
+    assert video["status"] == "completed"
+    assert len(steps) >= 5
+    assert seen == sorted(seen)
+
+
+def test_cancelling_a_running_job_frees_the_gang_within_a_step(client):
+    long = create(client, **LONG)
+    until(client, long, lambda video: video["pusa"]["step"] >= 2)
+    next_one = create(client, num_inference_steps=2)
+    began, step = time.monotonic(), retrieve(client, long)["pusa"]["step"]
+    time.sleep(1.0)
+    step_s = 1.0 / max(retrieve(client, long)["pusa"]["step"] - step, 1)
+    began = time.monotonic()
+    client.post(f"/v1/videos/{long}/cancel").raise_for_status()
+    # The gang takes the next job's first step as soon as it has dropped this one.
+    until(client, next_one, lambda video: video["pusa"]["step"] >= 1 or video["status"] == "completed")
+    assert time.monotonic() - began < 2 * step_s + 0.5
+    assert until(client, long, lambda video: video["pusa"]["state"] == "cancelled")
+    completed(client, next_one)
+
+
+def fault(client, job_id, send, pid, timeout_s):
+    """Signal a rank in the middle of a job; returns seconds until the job runs again and until it is complete."""
+    until(client, job_id, lambda video: video["pusa"]["step"] >= 3)
+    began = time.monotonic()
+    os.kill(pid, send)
+    until(client, job_id, lambda video: video["pusa"]["attempt"] == 2 and video["pusa"]["step"] >= 1, timeout_s)
+    again = time.monotonic() - began
+    completed(client, job_id, 90)
+    return again
+
+
+@pytest.mark.parametrize(
+    ("number", "detection_s"), [(signal.SIGKILL, 0), (signal.SIGSTOP, FLOOR_S)], ids=["killed", "stopped"]
+)
+def test_a_rank_that_dies_or_stops_costs_a_job_one_attempt(client, number, detection_s):
+    before = rank_pids()
+    again = fault(client, create(client, **LONG), number, before[1], timeout_s=90)
+    logger.info("%s: the job runs again after %.1f s", number.name, again)
+    assert again < detection_s + 30
+    assert not set(before) & set(rank_pids())
+    assert_gone(before)
+
+
+def test_a_rank_asleep_in_its_forward_is_found_and_replaced(client):
+    before = rank_pids()
+    began = time.monotonic()
+    job_id = create(client, "sleep", num_inference_steps=6)
+    video = completed(client, job_id, 90)
+    logger.info("asleep: complete after %.1f s", time.monotonic() - began)
+    assert video["pusa"]["attempt"] == 2
+    assert time.monotonic() - began < FLOOR_S + 6.0 + 40
+    assert_gone(before)
+
+
+def test_many_clients_are_served_while_jobs_run(client):
+    jobs = [create(client, f"number {n}", num_inference_steps=3, num_frames=5) for n in range(6)]
+    ended = []
+    threads = [threading.Thread(target=lambda one=one: ended.append(completed(client, one, 120))) for one in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {video["id"] for video in ended} == set(jobs)
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
