@@ -5,14 +5,17 @@ import torch
 
 from pusa_dist.config import ParallelConfig
 from pusa_dist.model.attention import attention_with_lse
+from pusa_dist.parallel import ring
 from pusa_dist.parallel.attention import SequenceAttention
 from pusa_dist.parallel.mesh import lay_out
 from pusa_dist.parallel.ring import merge
 from pusa_dist.parallel.shard import SequenceShard, TokenLayout
 
-BATCH, FRAMES, FRAME_TOKENS, HEADS, HEAD_DIM = 2, 3, 35, 12, 8
+HEADS, HEAD_DIM = 12, 8
+# (B, F, tokens of a frame): 35 divide by none of 2, 3 and 4; of 5, some ranks hold a single one.
+SHAPES = [(2, 3, 35), (1, 1, 5)]
 
-# (cfg, ring, ulysses); 35 tokens a frame divide by none of 2, 3 and 4.
+# (cfg, ring, ulysses)
 DEGREES = {
     2: [(1, 1, 2), (1, 2, 1), (2, 1, 1)],
     3: [(1, 1, 3), (1, 3, 1)],
@@ -20,59 +23,92 @@ DEGREES = {
 }
 
 
-def drifting_inputs():
+def drifting_inputs(batch, frames, frame_tokens):
     """Queries, keys and values (B, F, S, N, D); keys and values grow along the sequence.
 
     Each rank's keys then have a log-sum-exp of their own, so that a merge that ignores it is wrong.
     """
     generator = torch.Generator().manual_seed(5)
-    query, key, value = torch.randn(3, BATCH, FRAMES, FRAME_TOKENS, HEADS, HEAD_DIM, generator=generator)
-    drift = torch.linspace(0.2, 2.0, FRAME_TOKENS).view(1, 1, -1, 1, 1)
+    query, key, value = torch.randn(3, batch, frames, frame_tokens, HEADS, HEAD_DIM, generator=generator)
+    drift = torch.linspace(0.2, 2.0, frame_tokens).view(1, 1, -1, 1, 1)
     return query, key * drift, value * drift
 
 
 def exact(qkv):
     query, key, value = (x.flatten(1, 2).transpose(1, 2).double() for x in qkv)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    return out.transpose(1, 2).unflatten(1, (FRAMES, FRAME_TOKENS)).float()
+    return out.transpose(1, 2).unflatten(1, qkv[0].shape[1:3]).float()
 
 
 def attend_on_ranks(place, degrees):
-    qkv = drifting_inputs()
-    place.join(ParallelConfig(cfg_degree=1, ring_degree=1, ulysses_degree=place.world_size))
+    place.join(ParallelConfig(ulysses_degree=place.world_size))
     found = []
-    for cfg, ring, ulysses in degrees:
-        mesh = lay_out(ParallelConfig(cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses), "cpu", 60)
+    for cfg, outer, inner in degrees:
+        mesh = lay_out(ParallelConfig(cfg_degree=cfg, ring_degree=outer, ulysses_degree=inner), "cpu", 60)
         shard = SequenceShard(mesh.get_group("ring"), mesh.get_group("ulysses"))
-        attention = SequenceAttention(shard)
-        query, key, value = (shard.split(x.flatten(3)).unflatten(3, (HEADS, HEAD_DIM)) for x in qkv)
-        outs = []
-        for _ in range(2):
-            out = attention(*(x.flatten(1, 2) for x in (query, key, value)))
-            whole = shard.join(out.unflatten(1, (FRAMES, -1)).flatten(3))
-            outs.append(whole.unflatten(3, (HEADS, HEAD_DIM)))
-        found.append((query.shape[2], outs))
+        found.append([attend(shard, drifting_inputs(*shape)) for shape in SHAPES])
     return found
+
+
+def attend(shard, qkv):
+    """Tokens of a frame on this rank, and the whole result, twice."""
+    attention = SequenceAttention(shard)
+    mine = [shard.split(x.flatten(3)) for x in qkv]
+    outs = []
+    for _ in range(2):
+        out = attention(*(x.flatten(1, 2).unflatten(2, (HEADS, HEAD_DIM)) for x in mine))
+        whole = shard.join(out.flatten(2).view_as(mine[0]))
+        outs.append(whole.unflatten(3, (HEADS, HEAD_DIM)))
+    return mine[0].shape[2], *outs
 
 
 @pytest.mark.parametrize("world_size", sorted(DEGREES))
 def test_every_product_of_degrees_attends_as_one_rank_does(run_ranks, world_size):
-    expected = exact(drifting_inputs())
-    degrees = DEGREES[world_size]
-    ranks = run_ranks(world_size, attend_on_ranks, degrees)
-    for index, degree in enumerate(degrees):
-        for rank, results in enumerate(ranks):
-            _, (once, again) = results[index]
-            assert (once - expected).abs().max() < 1e-5, f"{degree} on rank {rank}"
-            assert torch.equal(once, again), f"{degree} on rank {rank} does not repeat"
-            assert torch.equal(once, ranks[0][index][1][0]), f"{degree}: rank {rank} differs from rank 0"
-        held = [results[index][0] for results in ranks]
-        assert sum(held) == FRAME_TOKENS * degree[0], f"{degree}: ranks hold {held} tokens of a frame"
-        assert max(held) - min(held) <= 1
+    ranks = run_ranks(world_size, attend_on_ranks, DEGREES[world_size])
+    for index, degrees in enumerate(DEGREES[world_size]):
+        for case, shape in enumerate(SHAPES):
+            results = [rank[index][case] for rank in ranks]
+            expected = exact(drifting_inputs(*shape))
+            for _, once, again in results:
+                assert (once - expected).abs().max() < 1e-5, f"{degrees} {shape}"
+                assert torch.equal(once, again), f"{degrees} {shape} does not repeat"
+                assert torch.equal(once, results[0][1]), f"{degrees} {shape}: ranks differ"
+            held = [result[0] for result in results]
+            assert sum(held) == shape[2] * degrees[0], f"{degrees}: ranks hold {held} tokens of a frame"
+            assert max(held) - min(held) <= 1
+
+
+def order_of_events(place):
+    mesh = place.join(ParallelConfig(ring_degree=3))
+    shard = SequenceShard(mesh.get_group("ring"), mesh.get_group("ulysses"))
+    query, key, value = (shard.split(x.flatten(3)).flatten(1, 2) for x in drifting_inputs(1, 2, 7))
+    query, key, value = (x.unflatten(2, (HEADS, HEAD_DIM)) for x in (query, key, value))
+    events = []
+    start = ring.dist.batch_isend_irecv
+
+    def recorded_start(operations):
+        events.append("send")
+        return start(operations)
+
+    def recorded_attend(q, k, v):
+        events.append(f"attend {k.shape[1]}")
+        return attention_with_lse(q, k, v)
+
+    ring.dist.batch_isend_irecv = recorded_start
+    ring.ring_attention(query, key, value, shard.layout.ring_lengths(), shard.ring_group, recorded_attend)
+    return events
+
+
+def test_a_block_is_on_its_way_before_it_is_attended_to(run_ranks):
+    ranks = run_ranks(3, order_of_events)
+    # 7 tokens over 3 ranks in 2 frames: blocks of 6, 4 and 4 tokens. The last block goes nowhere.
+    assert ranks[0] == ["send", "attend 6", "send", "attend 4", "attend 4"]
+    assert ranks[1] == ["send", "attend 4", "send", "attend 6", "attend 4"]
+    assert ranks[2] == ["send", "attend 4", "send", "attend 4", "attend 6"]
 
 
 def test_merging_needs_each_parts_log_sum_exp():
-    query, key, value = (x.flatten(1, 2) for x in drifting_inputs())
+    query, key, value = (x.flatten(1, 2) for x in drifting_inputs(2, 3, 35))
     parts = [
         attention_with_lse(query, k, v) for k, v in zip(key.split([40, 65], 1), value.split([40, 65], 1), strict=True)
     ]
