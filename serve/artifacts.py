@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
 
@@ -39,9 +39,13 @@ class ArtifactStore:
     """
 
     def __init__(self, url: str) -> None:
+        # Another process may have written since: never answer from a cached listing.
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if url.startswith(("s3:", "s3a:")):
+            # Links signed the old way, botocore's default in one region, fail on encrypted buckets.
+            options["config_kwargs"] = {"signature_version": "s3v4"}
         try:
-            # Another process may have written since: never answer from a cached listing.
-            self._fs, root = url_to_fs(url, use_listings_cache=False)
+            self._fs, root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"artifacts_url={url} cannot be opened: {error}") from error
         self._root = root.rstrip("/")

@@ -115,10 +115,12 @@ def open_service(folder: Path, **settings: Any) -> Iterator[Service]:
 
     gateway = Gateway(config, readiness)
     store = JobStore(config.resolved_database_url)
-    with TestClient(create_api(gateway)) as client:
-        yield Service(gateway, client, store, ArtifactStore(config.resolved_artifacts_url), ready, folder)
-    store.close()
-    gateway.close()
+    try:
+        with TestClient(create_api(gateway)) as client:
+            yield Service(gateway, client, store, ArtifactStore(config.resolved_artifacts_url), ready, folder)
+    finally:
+        store.close()
+        gateway.close()
 
 
 class FakeDispatcher(threading.Thread):

@@ -14,7 +14,7 @@ import pytest
 
 from pusa_dist.errors import ConfigError
 from pusa_dist.request import Conditioning, GenerationRequest
-from serve.jobs import Artifact, Job, JobStore, DuplicateKeyError, StoredInput, new_job_id
+from serve.jobs import Artifact, DuplicateKeyError, Job, JobStore, StoredInput, new_job_id
 
 LEASE_S = 10.0
 
@@ -25,16 +25,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pgserver = pytest.importorskip("pgserver")
-    folder = tmp_path_factory.mktemp("postgres")
-    server = pgserver.get_server(folder, cleanup_mode="stop")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
