@@ -99,9 +99,8 @@ def _at(position: int | str, noise_multiplier: float) -> dict[str, Any]:
 
 def _view(photo: Image.Image, progress: float) -> Image.Image:
     """What the camera sees when ``progress`` (0..1) of its move from wide to close is done."""
-    wide = (0.0, 60.0, float(photo.width), 60.0 + photo.width * 3 / 4)
-    close = (120.0, 90.0, 400.0, 300.0)
-    box = tuple(a + (b - a) * progress for a, b in zip(wide, close, strict=True))
+    left, top, width = progress * 120, 60 + progress * 30, photo.width + progress * (280 - photo.width)
+    box = (left, top, left + width, top + width * 3 / 4)
     return photo.resize((320, 240), Image.Resampling.LANCZOS, box=box)
 
 

@@ -15,7 +15,13 @@ from typing import Any
 from pusa_dist.config import ModelConfig, ParallelConfig, from_mapping, load_model_config
 from pusa_dist.errors import PusaError, RequestError
 from pusa_dist.geometry import num_latent_frames, shard_sizes, tokens_per_frame
-from pusa_dist.request import ConditioningParams, GenerationRequest, RequestParams, resolve_request
+from pusa_dist.request import (
+    ConditioningParams,
+    GenerationRequest,
+    RequestParams,
+    check_request,
+    resolve_request,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("folder", type=Path, help="folder with a manifest.json")
     parity.set_defaults(run=_parity)
     bench = commands.add_parser("bench", help="measure the engine against diffusers in one run")
-    bench.add_argument("--rounds", type=int, default=7, help="timed rounds of each variant (at least 5)")
+    bench.add_argument("--rounds", type=int, default=15, help="timed rounds of each variant (at least 5)")
     bench.add_argument("--json", type=Path, help="also write the figures here")
     bench.set_defaults(run=_bench)
     return parser
@@ -130,7 +136,9 @@ def _request(arguments: argparse.Namespace, model: ModelConfig, inputs: Sequence
         conditioning=[from_mapping(ConditioningParams, e, f"--conditioning[{i}]") for i, e in enumerate(entries)],
     )
     media = [probe(data, f"--input {path}") for data, path in zip(inputs, arguments.input, strict=True)]
-    return resolve_request(params, media, model)
+    request = resolve_request(params, media, model)
+    check_request(_parallel(arguments), request)
+    return request
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -139,6 +147,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     model = load_model_config(arguments.model)
     inputs = [path.read_bytes() for path in arguments.input]
+    request = _request(arguments, model, inputs)
     place = Place.from_environment()
     options = WorkerOptions(
         device=arguments.device,
@@ -147,8 +156,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         attention=arguments.attention,
     )
     generator = Generator(model, _parallel(arguments), options, place)
-    # A drawn seed must be the same on every rank.
-    request = generator.share(_request(arguments, model, inputs) if place.rank == 0 else None)
+    # A seed that is drawn must be the same on every rank.
+    request = generator.share(request)
     for _ in range(arguments.repeat):
         seconds = generator.generate(request, inputs, arguments.out)
         if place.rank == 0:

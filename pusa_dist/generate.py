@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar, cast
 
+from torch import Tensor
 from tqdm import tqdm
 
 from pusa_dist.config import ModelConfig, ParallelConfig
@@ -23,6 +24,8 @@ from pusa_dist.video_codec import VideoCodec
 from pusa_dist.worker import Worker, WorkerOptions
 
 T = TypeVar("T")
+_Encodings: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""Embedding of the prompt, of the negative prompt, and latents of the given frames."""
 
 JOB = "generate"
 
@@ -68,14 +71,9 @@ class Generator:
             Seconds of each stage.
         """
         start = time.perf_counter()
-        context = negative = given = None
-        if self.is_first:
-            context = self._text.encode(request.prompt)
-            negative = self._text.encode(request.negative_prompt) if request.uses_guidance else None
-            given = self._codec.encode_inputs(request, inputs)
-        context, negative, given = self._worker.share((context, negative, given))
+        encodings = self._worker.share(self._encode(request, inputs) if self.is_first else None)
         encoded = time.perf_counter()
-        self._worker.admit(JOB, request, context, negative, given)
+        self._worker.admit(JOB, request, *cast(_Encodings, encodings))
         bar = tqdm(total=request.num_inference_steps, desc="denoise", unit="step") if self.is_first else nullcontext()
         with bar as progress:
             for _ in range(request.num_inference_steps):
@@ -96,6 +94,10 @@ class Generator:
             "decode": done - denoised,
             "total": done - start,
         }
+
+    def _encode(self, request: GenerationRequest, inputs: Sequence[bytes]) -> _Encodings:
+        negative = self._text.encode(request.negative_prompt) if request.uses_guidance else None
+        return self._text.encode(request.prompt), negative, self._codec.encode_inputs(request, inputs)
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every rank. Collective over the gang."""

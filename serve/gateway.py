@@ -14,7 +14,7 @@ from typing import Literal
 
 from pusa_dist.errors import RequestError
 from pusa_dist.media.probe import probe
-from pusa_dist.request import GenerationRequest, MediaInfo, RequestParams, resolve_request
+from pusa_dist.request import GenerationRequest, MediaInfo, RequestParams, check_request, resolve_request
 from pusa_dist.tokenizer import count_tokens, load_tokenizer
 from serve.artifacts import ArtifactStore, input_key, job_prefix
 from serve.config import ServeConfig
@@ -167,6 +167,7 @@ class Gateway:
         origin: Origin,
     ) -> Job:
         request = resolve_request(params, media, self.model)
+        check_request(self.config.denoiser.parallel, request)
         self._check_tokens(request.prompt, "prompt")
         self._check_tokens(request.negative_prompt, "pusa.negative_prompt")
         now = self._clock()

@@ -64,6 +64,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "fraction for a count": (body(num_frames=5.5), "invalid_type", "pusa.num_frames", "valid integer"),
     "unknown priority": (body(priority="urgent"), "invalid_value", "pusa.priority", "'batch'"),
     "model that is not served": (body(model="sora-2"), "model_not_found", "model", "use 'debug'"),
+    "frames with fewer tokens than ranks": (body(size="16x16"), "size_too_small", "size", "use a size of at least 2"),
     # prompt
     "no prompt": (raw("{}"), "missing_field", "prompt", "required"),
     "empty prompt": (body(prompt=""), "empty_prompt", "prompt", "describe the video"),
