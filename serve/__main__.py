@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,6 @@ def _application_args(path: Path) -> dict[str, Any]:
 
 def _serve(config: ServeConfig, host: str, port: int) -> int:
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     Path(config.state_dir).mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     _set_environment()
@@ -89,6 +87,7 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             logging_level=logging.WARNING,
             _temp_dir=folder,
         )
+        _on_signal(_interrupt)  # Ray has put its own handlers in place
         try:
             ray_serve.start(
                 proxy_location="HeadOnly",
@@ -104,12 +103,25 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             print(
                 f"ready: http://{host}:{port} (model {config.model}, {time.perf_counter() - started:.1f} s)", flush=True
             )
+            _on_signal(lambda *_: stop.set())
             stop.wait()
             print("stopping", flush=True)
+        except KeyboardInterrupt:
+            print("stopping before it was ready", flush=True)
         finally:
+            _on_signal(lambda *_: None)  # from here on it ends anyway, and should end well
             ray_serve.shutdown()
             ray.shutdown()
     return 0
+
+
+def _on_signal(handler: Callable[[int, Any], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _reasons(status: Any) -> list[str]:

@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+import configs
+from pusa_dist.errors import ConfigError
+from serve.app import ROLES, application, build_app, require_loopback
+from serve.config import ServeConfig
+
+CONFIGS = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
+
+
+def deployments(app):
+    """Deployments of an application by name."""
+    found, waiting = {}, [app]
+    while waiting:
+        bound = waiting.pop()._bound_deployment
+        found[bound.name] = bound
+        waiting += [one for one in (*bound.init_args, *bound.init_kwargs.values()) if hasattr(one, "_bound_deployment")]
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_shipped_configuration_is_a_serve_config_file_and_builds(path):
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    (one,) = schema.applications
+    assert one.import_path == "serve.app:build_app"
+    config = ServeConfig.model_validate(one.args)
+    assert set(deployments(build_app(config))) == set(ROLES)
+    require_loopback(config, schema.http_options.host)
+
+
+def test_debug_and_production_are_shipped():
+    assert [path.stem for path in CONFIGS] == ["debug", "production"]
+
+
+def test_only_gateway_and_dispatcher_are_given_the_database():
+    config = ServeConfig(database_url="postgresql+psycopg://secret/db", artifacts_url="s3://bucket/x")
+    given = {name: repr((one.init_args, one.init_kwargs)) for name, one in deployments(build_app(config)).items()}
+    assert {name for name, arguments in given.items() if "secret" in arguments} == {"Gateway", "Dispatcher"}
+    assert "s3://bucket/x" in given["Vae"]
+
+
+def test_roles_are_placed_by_resources_and_labels():
+    config = ServeConfig.model_validate(
+        {
+            "vae": {"label_selector": {"role": "vae"}, "num_gpus": 1, "max_replicas": 3},
+            "text_encoder": {"resources": {"text": 0.5}},
+            "denoiser": {
+                "label_selector": {"role": "denoiser"}, "num_gpus": 1, "cfg_degree": 2, "spread": True,
+                "resources": {"rank": 1}, "max_resident": 3,
+            },
+        }
+    )  # fmt: skip
+    found = deployments(build_app(config))
+    assert found["Vae"].ray_actor_options["label_selector"] == {"role": "vae"}
+    assert found["Vae"].ray_actor_options["num_gpus"] == 1
+    assert found["TextEncoder"].ray_actor_options["resources"] == {"text": 0.5}
+    denoiser = found["Denoiser"]._replica_config
+    assert denoiser.placement_group_bundles == [{"CPU": 0.1, "GPU": 1, "rank": 1}] * 4
+    assert denoiser.placement_group_bundle_label_selector == [{"role": "denoiser"}] * 4
+    assert denoiser.placement_group_strategy == "STRICT_SPREAD"
+    assert found["Denoiser"].max_ongoing_requests == 3
+    scaling = found["Vae"]._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+
+
+def test_a_gang_that_asks_for_nothing_is_refused():
+    with pytest.raises(ConfigError, match="a rank must ask for something"):
+        application(ServeConfig.model_validate({"denoiser": {"num_cpus": 0}}), lambda: None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", ""])
+def test_without_keys_only_loopback_is_served(host):
+    with pytest.raises(ConfigError, match="no keys are configured"):
+        require_loopback(ServeConfig(), host)
+    require_loopback(ServeConfig(keys_file="keys"), host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", None])
+def test_loopback_needs_no_keys(host):
+    require_loopback(ServeConfig(), host)
+
+
+def test_the_roles_that_do_not_compute_import_no_torch():
+    code = "import sys, serve.app, serve.gateway, serve.api; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
