@@ -79,6 +79,7 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
     from serve.app import build_app, require_loopback
 
     require_loopback(config, host)
+    stop_ray: Any = ray.shutdown
     # A short path: the sockets in it may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(
@@ -111,7 +112,7 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
         finally:
             _on_signal(lambda *_: None)  # from here on it ends anyway, and should end well
             ray_serve.shutdown()
-            ray.shutdown()
+            stop_ray()
     return 0
 
 

@@ -33,14 +33,15 @@ GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER = "Gateway", "Dispatcher", "Tex
 ROLES = (GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER)
 
 # A lost process is found within seconds; a busy one answers in time because no role computes on its loop.
-_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+_HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+Handle = DeploymentHandle[Any]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class GatewayReplica:
     """The HTTP ingress; see ``serve.gateway``."""
 
-    def __init__(self, config: ServeConfig, dispatcher: DeploymentHandle) -> None:
+    def __init__(self, config: ServeConfig, dispatcher: Handle) -> None:
         from serve.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
 
         check_cluster(config)
@@ -61,9 +62,9 @@ class DispatcherReplica:
         self,
         config: ServeConfig,
         precision: str,
-        text_encoder: DeploymentHandle,
-        vae: DeploymentHandle,
-        denoiser: DeploymentHandle,
+        text_encoder: Handle,
+        vae: Handle,
+        denoiser: Handle,
     ) -> None:
         check_cluster(config)
         self._store = JobStore(config.resolved_database_url)
@@ -157,8 +158,8 @@ def check_cluster(config: ServeConfig) -> None:
         ConfigError: stores that not every node can reach, or an open service without keys.
     """
     require_shared_stores(config, num_alive_nodes())
-    host = ray_serve.context._get_global_client().http_config.host
-    require_loopback(config, host)
+    client: Any = ray_serve.context._get_global_client()
+    require_loopback(config, client.http_config.host)
 
 
 def require_loopback(config: ServeConfig, host: str | None) -> None:
@@ -177,7 +178,8 @@ def require_loopback(config: ServeConfig, host: str | None) -> None:
 
 def num_alive_nodes() -> int:
     """Nodes of the Ray cluster that are up."""
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+    list_nodes: Any = ray.nodes
+    return sum(bool(node["Alive"]) for node in list_nodes())
 
 
 async def readiness(app_name: str) -> dict[str, bool]:

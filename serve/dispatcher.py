@@ -266,9 +266,11 @@ class Dispatcher:
             if job.gang_deaths + 1 >= MAX_GANG_DEATHS:
                 message = f"the gang that held the job was lost {MAX_GANG_DEATHS} times, last: {error}"
                 return await self._failed(job, "gang_died_twice", message)
-            return await self._again(job, "gang_lost", error, gang_died=True)
+            await self._again(job, "gang_lost", error, gang_died=True)
+            return None
         if isinstance(error, ReplicaLostError) and job.attempt < MAX_ATTEMPTS:
-            return await self._again(job, "replica_lost", error, gang_died=False)
+            await self._again(job, "replica_lost", error, gang_died=False)
+            return None
         if isinstance(error, ReplicaLostError):
             return await self._failed(
                 job, "replica_lost", f"processes were lost in {job.attempt} attempts, last: {error}"

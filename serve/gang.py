@@ -42,7 +42,8 @@ class Rank:
         """Address and free port of this rank's node, for the rendezvous."""
         from pusa_dist.parallel.mesh import free_port
 
-        return ray.util.get_node_ip_address(), free_port()
+        address_of_node: Any = ray.util.get_node_ip_address
+        return address_of_node(), free_port()
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> None:
         """See ``Worker.join``."""
@@ -204,7 +205,8 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         if placement is None
         else PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
     )
-    make_actor: Any = ray.remote(
+    remote: Any = ray.remote
+    make_actor = remote(
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
         resources=config.resources,

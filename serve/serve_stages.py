@@ -13,13 +13,14 @@ from pusa_dist.request import GenerationRequest
 from serve.jobs import Artifact, Job
 from serve.stages import Finished, Progress, ReplicaLostError, TensorRef
 
+Handle = DeploymentHandle[Any]
 _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
 
 
 class ServeStages:
     """``Stages`` over the handles of the three deployments."""
 
-    def __init__(self, text_encoder: DeploymentHandle, vae: DeploymentHandle, denoiser: DeploymentHandle) -> None:
+    def __init__(self, text_encoder: Handle, vae: Handle, denoiser: Handle) -> None:
         self._text_encoder = text_encoder
         self._vae = vae
         self._denoiser = denoiser.options(stream=True)

@@ -55,8 +55,8 @@ class Vae:
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            with tempfile.TemporaryDirectory(prefix="vae-") as folder, closing(self._codec.decode(values)) as frames:
-                files = write_files(Path(folder), request, _checked(frames, check))
+            with tempfile.TemporaryDirectory(prefix="vae-") as folder:
+                files = write_files(Path(folder), request, _checked(self._codec.decode(values), check))
                 return {
                     variant: self._publish(f"{prefix}/{path.name}", path, mime)
                     for variant, (path, mime) in files.items()
