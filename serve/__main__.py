@@ -79,7 +79,7 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
     from serve.app import build_app, require_loopback
 
     require_loopback(config, host)
-    stop_ray: Any = ray.shutdown
+    stops: tuple[Any, ...] = (ray_serve.shutdown, ray.shutdown)
     # A short path: the sockets in it may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(
@@ -111,8 +111,8 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             print("stopping before it was ready", flush=True)
         finally:
             _on_signal(lambda *_: None)  # from here on it ends anyway, and should end well
-            ray_serve.shutdown()
-            stop_ray()
+            for end in stops:
+                end()
     return 0
 
 
@@ -135,6 +135,8 @@ def _set_environment() -> None:
     os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
     os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs workers at nice 15 by default; on a shared machine a gang would starve beside anything else.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def _parser() -> argparse.ArgumentParser:
