@@ -6,22 +6,21 @@
 import argparse
 import json
 import logging
+import os
 import random
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pusa_dist.config import ModelConfig, ParallelConfig, from_mapping, load_model_config
 from pusa_dist.errors import PusaError, RequestError
-from pusa_dist.geometry import num_latent_frames, shard_sizes, tokens_per_frame
-from pusa_dist.request import (
-    ConditioningParams,
-    GenerationRequest,
-    RequestParams,
-    check_request,
-    resolve_request,
-)
+from pusa_dist.geometry import shard_sizes, tokens_per_frame
+from pusa_dist.request import GenerationRequest, RequestParams, check_request, resolve_request
+
+OTHER_RANKS_WAIT_S = 10.0
+"""torchrun ends a gang well within this once one of its ranks has failed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (PusaError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(error, rank=int(os.environ.get("RANK", "0")))
         return 2
+
+
+def _report(error: Exception, rank: int) -> None:
+    """Tell the user, once: all ranks meet a mistake in the command, so rank 0 tells it and torchrun ends the others."""
+    if rank != 0:
+        time.sleep(OTHER_RANKS_WAIT_S)  # still running: it is this rank's own
+    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +65,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, help="frames of the video, 4k+1")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--prompt", required=True, help="what the video shows")
@@ -75,12 +87,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, help="shift of the sigma schedule")
     parser.add_argument("--lora-alpha", help="strength of the Pusa LoRA: a number, or JSON per expert")
     parser.add_argument("--seed", type=int, help="drawn and printed when left out")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="CPU threads of a rank")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of every rank")
+    parser.add_argument("--threads", type=_count, help="CPU threads of a rank")
     parser.add_argument("--weights", help="folder of the weights, instead of the model's own")
-    parser.add_argument("--attention", default="ours", choices=("ours", "xfuser"))
-    parser.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"))
-    parser.add_argument("--repeat", type=int, default=1, help="run it this often on the loaded model, timing each")
+    parser.add_argument("--attention", default="ours", choices=("ours", "xfuser"), help="over several ranks")
+    parser.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="the MP4 to write")
+    parser.add_argument("--repeat", type=_count, default=1, help="run it this often on the loaded model, timing each")
     parser.set_defaults(run=_generate)
 
 
@@ -116,25 +128,22 @@ def _json(text: str, option: str) -> Any:
 def _request(arguments: argparse.Namespace, model: ModelConfig, inputs: Sequence[bytes]) -> GenerationRequest:
     from pusa_dist.media.probe import probe
 
-    entries = _json(arguments.conditioning, "--conditioning")
-    if not isinstance(entries, list):
-        raise RequestError("--conditioning: expected a JSON list", "--conditioning")
-    alpha = None if arguments.lora_alpha is None else _json(arguments.lora_alpha, "--lora-alpha")
     width, height = _size(arguments)
-    params = RequestParams(
-        prompt=arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        width=width,
-        height=height,
-        num_frames=arguments.num_frames,
-        fps=arguments.fps,
-        num_inference_steps=arguments.num_inference_steps,
-        guidance_scale=arguments.guidance_scale,
-        shift=arguments.shift,
-        seed=random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed,
-        lora_alpha=alpha,
-        conditioning=[from_mapping(ConditioningParams, e, f"--conditioning[{i}]") for i, e in enumerate(entries)],
-    )
+    values = {
+        "prompt": arguments.prompt,
+        "negative_prompt": arguments.negative_prompt,
+        "width": width,
+        "height": height,
+        "num_frames": arguments.num_frames,
+        "fps": arguments.fps,
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "shift": arguments.shift,
+        "seed": random.SystemRandom().getrandbits(31) if arguments.seed is None else arguments.seed,
+        "lora_alpha": None if arguments.lora_alpha is None else _json(arguments.lora_alpha, "--lora-alpha"),
+        "conditioning": _json(arguments.conditioning, "--conditioning"),
+    }
+    params = from_mapping(RequestParams, values, "request")
     media = [probe(data, f"--input {path}") for data, path in zip(inputs, arguments.input, strict=True)]
     request = resolve_request(params, media, model)
     check_request(_parallel(arguments), request)
@@ -156,13 +165,14 @@ def _generate(arguments: argparse.Namespace) -> int:
         attention=arguments.attention,
     )
     generator = Generator(model, _parallel(arguments), options, place)
-    # A seed that is drawn must be the same on every rank.
-    request = generator.share(request)
-    for _ in range(arguments.repeat):
-        seconds = generator.generate(request, inputs, arguments.out)
-        if place.rank == 0:
-            print(json.dumps({"out": str(arguments.out), "seed": request.seed, "seconds": seconds}))
-    generator.close()
+    try:
+        request = generator.share(request)  # a seed that is drawn must be the same on every rank
+        for _ in range(arguments.repeat):
+            seconds = generator.generate(request, inputs, arguments.out)
+            if place.rank == 0:
+                print(json.dumps({"out": str(arguments.out), "seed": request.seed, "seconds": seconds}))
+    finally:
+        generator.close()
     return 0
 
 
@@ -170,12 +180,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     model = load_model_config(arguments.model)
     parallel = _parallel(arguments).check(model)
     width, height = _size(arguments)
-    width, height = width or model.defaults.width, height or model.defaults.height
-    num_frames = arguments.num_frames or model.defaults.num_frames
-    per_frame = tokens_per_frame(height, width)
+    params = RequestParams(prompt="plan", seed=0, width=width, height=height, num_frames=arguments.num_frames)
+    request = resolve_request(params, [], model)
+    check_request(parallel, request)
+    per_frame = tokens_per_frame(request.height, request.width)
     shards = shard_sizes(per_frame, parallel.sequence_degree)
-    print(f"{model.name}: {width}x{height}, {num_frames} frames")
-    print(f"latent frames {num_latent_frames(num_frames)}, tokens a frame {per_frame}, no padding")
+    print(f"{model.name}: {request.width}x{request.height}, {request.num_frames} frames")
+    print(f"latent frames {request.num_latent_frames}, tokens a frame {per_frame}, no padding")
     print(
         f"ranks {parallel.world_size} = cfg {parallel.cfg_degree} x ring {parallel.ring_degree} "
         f"x ulysses {parallel.ulysses_degree}"

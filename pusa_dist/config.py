@@ -4,11 +4,12 @@ A model is one YAML file under ``configs/model``; ``load_model_config`` finds it
 Unknown keys are errors, so a misspelt setting can never be silently ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -31,11 +32,11 @@ WAN_LATENTS_STD = (
 
 
 def from_mapping(cls: type[T], values: object, where: str) -> T:
-    """Build a config dataclass from plain YAML values, refusing unknown and missing keys.
+    """Build a dataclass from plain YAML or JSON values, refusing unknown and missing keys and other types.
 
     Args:
-        cls: a dataclass; nested dataclasses and tuples of floats or ints are converted.
-        values: what YAML gave.
+        cls: a dataclass; its fields may be dataclasses, sequences and mappings in turn.
+        values: what YAML or JSON gave.
         where: name of this part, for the error.
     """
     if not isinstance(values, Mapping):
@@ -49,21 +50,41 @@ def from_mapping(cls: type[T], values: object, where: str) -> T:
     missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"{where}: missing setting {', '.join(missing)}")
-    try:
-        return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
 def _convert(hint: Any, value: object, where: str) -> object:
-    nested = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
-    if nested is not None and value is not None:
-        return from_mapping(nested, value, where)  # type: ignore[arg-type]
-    if isinstance(value, list):
-        return tuple(value)
-    return value
+    """The value as its type hint wants it, with lists as tuples."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return _first_that_fits(parts, value, where)
+    if is_dataclass(hint):
+        return from_mapping(hint, value, where)  # type: ignore[arg-type]
+    if origin in (tuple, Sequence) and isinstance(value, list | tuple):
+        hints = parts if origin is tuple and parts[-1] is not ... else parts[:1] * len(value)
+        if len(hints) == len(value):
+            return tuple(_convert(*each, f"{where}[{i}]") for i, each in enumerate(zip(hints, value, strict=True)))
+    elif origin is Mapping and isinstance(value, Mapping):
+        return {key: _convert(parts[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif origin is Literal:
+        if value in parts:
+            return value
+        raise ConfigError(f"{where}={value!r}: use {' or '.join(map(str, parts))}")
+    elif origin is None and isinstance(value, (int, float) if hint is float else hint) and not isinstance(value, bool):
+        return value
+    raise ConfigError(f"{where}={value!r}: expected {hint.__name__ if origin is None else hint}")
+
+
+def _first_that_fits(hints: Sequence[Any], value: object, where: str) -> object:
+    if value is None and NoneType in hints:
+        return None
+    *others, last = (hint for hint in hints if hint is not NoneType)
+    for hint in others:
+        try:
+            return _convert(hint, value, where)
+        except ConfigError:
+            continue
+    return _convert(last, value, where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +127,13 @@ class VaeConfig:
     tile: tuple[int, int] | None = None
     """Latent (height, width) of a decode tile; None decodes whole frames."""
     tile_stride: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile is None:
+            return
+        stride = self.tile_stride or (0, 0)
+        if not all(0 < step <= side for step, side in zip(stride, self.tile, strict=True)):
+            raise ConfigError(f"vae.tile_stride={stride}: give two numbers from 1 to those of vae.tile={self.tile}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +192,7 @@ class Defaults:
     fps: int
     num_inference_steps: int = 10
     guidance_scale: float = 5.0
+    """A file with a ``distill_lora`` that leaves it out means 1.0: distilled models run without guidance."""
     shift: float = 5.0
     noise_multiplier: float = 0.2
     negative_prompt: str = ""
@@ -208,8 +237,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if len(self.experts) not in (1, 2):
             raise ConfigError(f"experts={list(self.experts)}: give one expert, or high-noise then low-noise")
-        if self.precision not in (None, *get_args(Precision)):
-            raise ConfigError(f"precision={self.precision!r}: use fp32 or bf16, or leave it out")
         for part in (self.lora, self.distill_lora):
             if part is not None and set(part.alpha) != set(self.experts):
                 raise ConfigError(f"lora alpha names {sorted(part.alpha)}; the experts are {sorted(self.experts)}")
@@ -289,4 +316,6 @@ def load_model_config(name_or_path: str) -> ModelConfig:
         values = yaml.safe_load(source.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"model configuration {source} cannot be read: {error}") from error
+    if isinstance(values, dict) and values.get("distill_lora") and isinstance(values.get("defaults"), dict):
+        values["defaults"].setdefault("guidance_scale", 1.0)
     return from_mapping(ModelConfig, values, str(source))

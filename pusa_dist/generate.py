@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pusa_dist.config import ModelConfig, ParallelConfig
+from pusa_dist.errors import RequestError
 from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.parallel.mesh import free_port
 from pusa_dist.prompt_encoder import PromptEncoder
@@ -54,24 +55,32 @@ class Place:
 
 
 class Generator:
-    """A loaded model on this rank (and, on rank 0, the text encoder and the VAE)."""
+    """A loaded model on this rank (and, on rank 0, the text encoder and the VAE).
+
+    Making one is collective over the gang.
+    """
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, options: WorkerOptions, place: Place) -> None:
         self.is_first = place.rank == 0
         self._worker = Worker(model, parallel, options)
-        self._worker.join(place.rank, place.world_size, place.address, place.port)
         if self.is_first:
             self._text = PromptEncoder(model, options.device, options.weights_root)
             self._codec = VideoCodec(model, options.device, options.weights_root)
+        self._worker.join(place.rank, place.world_size, place.address, place.port)
 
     def generate(self, request: GenerationRequest, inputs: Sequence[bytes], out: Path) -> dict[str, float]:
         """Run one request and write ``out`` on rank 0. Collective over the gang.
 
         Returns:
             Seconds of each stage.
+
+        Raises:
+            RequestError: on every rank: the prompt is too long, or an input cannot be used.
         """
         start = time.perf_counter()
         encodings = self._worker.share(self._encode(request, inputs) if self.is_first else None)
+        if isinstance(encodings, RequestError):
+            raise encodings
         encoded = time.perf_counter()
         self._worker.admit(JOB, request, *cast(_Encodings, encodings))
         bar = tqdm(total=request.num_inference_steps, desc="denoise", unit="step") if self.is_first else nullcontext()
@@ -95,9 +104,12 @@ class Generator:
             "total": done - start,
         }
 
-    def _encode(self, request: GenerationRequest, inputs: Sequence[bytes]) -> _Encodings:
-        negative = self._text.encode(request.negative_prompt) if request.uses_guidance else None
-        return self._text.encode(request.prompt), negative, self._codec.encode_inputs(request, inputs)
+    def _encode(self, request: GenerationRequest, inputs: Sequence[bytes]) -> _Encodings | RequestError:
+        try:
+            negative = self._text.encode(request.negative_prompt) if request.uses_guidance else None
+            return self._text.encode(request.prompt), negative, self._codec.encode_inputs(request, inputs)
+        except RequestError as error:
+            return error  # the other ranks wait for an answer
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every rank. Collective over the gang."""

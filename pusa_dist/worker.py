@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pusa_dist.config import ModelConfig, ParallelConfig
-from pusa_dist.errors import PusaError
+from pusa_dist.errors import CheckpointError, PusaError
 from pusa_dist.experts import Experts
 from pusa_dist.parallel.apply import AttentionBackend
 from pusa_dist.parallel.mesh import join_gang, leave_gang
@@ -52,13 +52,17 @@ class Worker:
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         mesh = join_gang(rank, world_size, address, port, self.parallel, self.options.device, self.options.timeout_s)
-        self._experts = Experts(
-            self.model,
-            mesh,
-            device=self.options.device,
-            weights_root=self.options.weights_root,
-            attention=self.options.attention,
-        )
+        try:
+            self._experts = Experts(
+                self.model,
+                mesh,
+                device=self.options.device,
+                weights_root=self.options.weights_root,
+                attention=self.options.attention,
+            )
+        except BaseException:
+            leave_gang()
+            raise
 
     def leave(self) -> None:
         """Leave the gang; the worker cannot be used afterwards."""
@@ -94,8 +98,20 @@ class Worker:
         ).to(self.options.device)
 
     def restore(self, job_id: str, data: bytes) -> None:
-        """Make a generation resident that ``checkpoint`` wrote, on this gang or another."""
-        self._residents[job_id] = GenerationState.from_bytes(data).to(self.options.device)
+        """Make a generation resident that ``checkpoint`` wrote, on this gang or another of the same model.
+
+        Raises:
+            CheckpointError: the bytes are no checkpoint, or one of another model, revision or precision.
+        """
+        state = GenerationState.from_bytes(data)
+        theirs = (state.request.model, state.revision, state.precision)
+        ours = (self.model.name, self.model.revision, self._loaded.precision)
+        if theirs != ours:
+            raise CheckpointError(
+                f"job {job_id} was started with (model, revision, precision) {theirs}, this gang holds {ours}; "
+                "resume it on a gang like its own"
+            )
+        self._residents[job_id] = state.to(self.options.device)
 
     def step(self, job_ids: Sequence[str]) -> dict[str, int]:
         """Advance residents that share a signature by one step in one forward.

@@ -17,7 +17,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
 from torch import Tensor, nn
 
-from pusa_dist.errors import ConfigError
 from pusa_dist.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
 
 Size = tuple[int, int]
@@ -110,15 +109,10 @@ class Tile:
 
 
 def tiles_of(size: Size, tile: Size | None, tile_stride: Size | None) -> list[Tile]:
-    """Cover a frame of ``size`` latent cells; one tile without fading if ``tile`` is None or holds it all.
-
-    Raises:
-        ConfigError: the stride is missing, not positive or longer than the tile (cells would be skipped).
-    """
+    """Cover a frame of ``size`` latent cells; one tile without fading if ``tile`` is None or holds it all."""
     if tile is None:
         return [Tile(0, size[0], 0, size[1], (0, 0, 0, 0))]
-    if tile_stride is None or not all(0 < step <= side for step, side in zip(tile_stride, tile, strict=True)):
-        raise ConfigError(f"vae.tile_stride={tile_stride}: give two numbers from 1 to those of vae.tile={tile}")
+    assert tile_stride is not None, "VaeConfig sees to it"
     rows, columns = (_spans(*each) for each in zip(size, tile, tile_stride, strict=True))
     return [Tile(r[0], r[1], c[0], c[1], (r[2], r[3], c[2], c[3])) for r in rows for c in columns]
 

@@ -48,12 +48,14 @@ def join_gang(
         timeout_s: longest wait for the other ranks, now and in every collective.
 
     Raises:
-        ConfigError: the degrees do not multiply to ``world_size``.
+        ConfigError: the degrees do not multiply to ``world_size``, or there is no such device.
         GangError: the ranks did not meet.
     """
     check_world(rank, world_size, parallel)
     chosen = torch.device(device)
     if chosen.type == "cuda":
+        if torch.cuda.device_count() == 0:
+            raise ConfigError(f"device={device}: this process sees no CUDA device; use cpu")
         index = rank % torch.cuda.device_count() if chosen.index is None else chosen.index
         torch.cuda.set_device(index)
     if dist.is_initialized():

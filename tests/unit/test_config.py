@@ -29,7 +29,14 @@ def test_an_unknown_model_names_the_known_ones():
         ({"nmae": "x"}, "unknown setting nmae"),
         ({"limits": {"max_frames": 5}}, "missing setting max_tokens"),
         ({"transformer": "big"}, "expected a mapping"),
-        ({"precision": "fp8"}, "use fp32 or bf16"),
+        ({"precision": "fp8"}, "precision='fp8': use fp32 or bf16"),
+        ({"revision": 1}, "revision=1: expected str"),
+        ({"limits": {"max_frames": "5", "max_tokens": 9}}, r"limits\.max_frames='5': expected int"),
+        ({"boundary": "1e-6"}, "boundary='1e-6': expected float"),
+        ({"experts": "high"}, r"experts='high': expected tuple\[str, \.\.\.\]"),
+        ({"vae": {"tile": [30]}}, r"vae\.tile=\[30\]: expected tuple\[int, int\]"),
+        ({"lora": {"rank": True, "alpha": {"main": 1.0}}}, r"lora\.rank=True: expected int"),
+        ({"lora": {"rank": 2, "alpha": {"main": "strong"}}}, r"lora\.alpha\.main='strong': expected float"),
         ({"experts": ["a", "b", "c"]}, "high-noise then low-noise"),
         ({"lora": {"rank": 2, "alpha": {"high": 1.0}}}, "lora alpha names"),
         ({"weights": {}}, "either seed"),
@@ -48,6 +55,17 @@ def test_an_unreadable_configuration_is_refused_by_name(tmp_path):
         load_model_config(str(path))
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_model_config(str(tmp_path / "absent.yaml"))
+
+
+def test_with_a_distilled_lora_guidance_is_off_unless_the_file_says_otherwise(tmp_path):
+    path = tmp_path / "distilled.yaml"
+    distilled = {**debug_values(), "distill_lora": {"alpha": {"main": 1.0}, "files": {"main": "x"}}}
+    path.write_text(yaml.safe_dump(distilled))
+    assert load_model_config(str(path)).defaults.guidance_scale == 1.0
+    distilled["defaults"]["guidance_scale"] = 2.5
+    path.write_text(yaml.safe_dump(distilled))
+    assert load_model_config(str(path)).defaults.guidance_scale == 2.5
+    assert load_model_config("debug").defaults.guidance_scale == 5.0
 
 
 def test_a_head_dim_that_rotary_embedding_cannot_split_is_refused():
