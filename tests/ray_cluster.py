@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -28,3 +29,20 @@ def local_ray(num_cpus=4):
             yield
         finally:
             ray.shutdown()
+
+
+def replica_processes():
+    """Process ids of the replicas and ranks on this machine, by deployment; ranks as ``Rank``."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        # Such as ray::ServeReplica:pusa:Vae, or ray::Rank.step while it is in a call.
+        if title.startswith("ray::ServeReplica:pusa:"):
+            name = title.removeprefix("ray::ServeReplica:pusa:").partition(".")[0].partition(":")[0]
+            found.setdefault(name, []).append(int(folder.name))
+        elif title.partition(".")[0].partition(":concurrency")[0] == "ray::Rank":
+            found.setdefault("Rank", []).append(int(folder.name))
+    return found

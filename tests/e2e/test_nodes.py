@@ -24,7 +24,7 @@ from pusa_dist.errors import ConfigError
 from serve.app import build_app
 from serve.config import ServeConfig
 from tests.e2e.client import completed
-from tests.ray_cluster import ENVIRONMENT
+from tests.ray_cluster import ENVIRONMENT, replica_processes
 
 pytestmark = [
     pytest.mark.ray,
@@ -147,20 +147,6 @@ def test_a_job_crosses_five_nodes_and_only_two_roles_open_the_database(client, s
     # Nothing was left in a node's folder, and nobody used a common one.
     assert not (several_nodes / "state").exists()
     assert not [path for role in ROLES for path in (several_nodes / role).rglob("*.mp4")]
-
-
-def replica_processes():
-    """Process ids of this cluster's replicas and ranks, by deployment."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
-        except FileNotFoundError:
-            continue
-        name = title.removeprefix("ray::ServeReplica:pusa:").partition(".")[0].partition(":")[0]
-        if title.startswith("ray::ServeReplica:pusa:") or title.partition(".")[0] == "ray::Rank":
-            found.setdefault(name if name in DEPLOYMENTS else "Rank", []).append(int(folder.name))
-    return found
 
 
 def environment(pid):

@@ -21,7 +21,7 @@ from pusa_dist.worker import WorkerOptions
 from serve.app import application
 from serve.config import DenoiserConfig, ServeConfig
 from tests.e2e.client import completed, create, retrieve, until
-from tests.ray_cluster import local_ray
+from tests.ray_cluster import local_ray, replica_processes
 from tests.serve import gang_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -157,6 +157,20 @@ def test_a_rank_asleep_in_its_forward_is_found_and_replaced(client):
     assert video["pusa"]["attempt"] == 2
     assert time.monotonic() - began < FLOOR_S + 6.0 + 40
     assert_gone(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("role", "stage"), [("Vae", "decode"), ("Dispatcher", "denoise"), ("Denoiser", "denoise")], ids=str.lower
+)
+def test_a_job_survives_the_death_of_any_process_that_holds_it(client, role, stage):
+    job_id = create(client, **LONG)
+    until(client, job_id, lambda video: video["pusa"]["stage"] == stage and video["pusa"]["step"] >= 2)
+    (pid,) = replica_processes()[role]
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    assert completed(client, job_id, 120)["pusa"]["attempt"] == 2
+    logger.info("%s killed: complete after %.1f s", role, time.monotonic() - began)
 
 
 def test_many_clients_are_served_while_jobs_run(client):
