@@ -315,7 +315,7 @@ def load_model_config(name_or_path: str) -> ModelConfig:
     try:
         values = yaml.safe_load(source.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"model configuration {source} cannot be read: {error}") from error
+        raise ConfigError(f"model configuration {source} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(values, dict) and values.get("distill_lora") and isinstance(values.get("defaults"), dict):
         values["defaults"].setdefault("guidance_scale", 1.0)
     return from_mapping(ModelConfig, values, str(source))

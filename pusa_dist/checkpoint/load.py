@@ -53,7 +53,9 @@ def read_tensors(paths: Sequence[Path], *, dtype: torch.dtype | None = None, dev
 def _entries(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         yield from _read(path)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words advise to trust the file
+        raise CheckpointError(f"{path} cannot be read as weights: it is damaged or holds more than tensors") from error
+    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
 
 
