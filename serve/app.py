@@ -6,6 +6,7 @@ gateway and the dispatcher get the database's URL.
 
 import asyncio
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -134,6 +135,8 @@ def new_worker(model: ModelConfig, config: DenoiserConfig, weights_root: str | N
 def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Application:
     """The application with a given worker in its ranks; see ``build_app``."""
     model = config.load_model()
+    # A relative folder means the builder's, whatever folder the replicas run in.
+    config = config.model_copy(update={"state_dir": str(Path(config.state_dir).absolute())})
     if ray.is_initialized():
         require_shared_stores(config, num_alive_nodes())
     weights = config.weights_root

@@ -109,7 +109,7 @@ class Denoiser:
 
     async def _run(self) -> None:
         try:
-            while True:
+            while self._gang.error is None:
                 await self._drop_gone()
                 await self._admit_waiting()
                 await self._step()
@@ -126,6 +126,7 @@ class Denoiser:
             # A job that had not been admitted did not bring the gang down.
             resident.messages.put_nowait(GangError(error) if resident.is_admitted else GangUnavailableError(error))
         self._residents.clear()
+        self._changed.set()
 
     async def _drop_gone(self) -> None:
         for resident in [one for one in self._residents if one.is_gone]:

@@ -45,6 +45,12 @@ def test_only_gateway_and_dispatcher_are_given_the_database():
     assert "s3://bucket/x" in given["Vae"]
 
 
+def test_a_relative_state_folder_is_the_builders(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = deployments(build_app(ServeConfig(state_dir="here")))["Dispatcher"].init_args[0]
+    assert given.state_dir == str(tmp_path / "here")
+
+
 def test_roles_are_placed_by_resources_and_labels():
     config = ServeConfig.model_validate(
         {
