@@ -279,13 +279,7 @@ class ParallelConfig:
 
     def check(self, model: ModelConfig) -> Self:
         """Return self, or raise ConfigError if these degrees cannot run ``model``, saying which can."""
-        heads = model.transformer.num_attention_heads
-        if heads % self.ulysses_degree:
-            divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-            raise ConfigError(
-                f"ulysses_degree={self.ulysses_degree} does not divide num_attention_heads={heads}; "
-                f"use one of {', '.join(divisors)}"
-            )
+        check_heads(self.ulysses_degree, model.transformer.num_attention_heads)
         d = model.defaults
         tokens = tokens_per_frame(d.height, d.width)
         if tokens < self.sequence_degree:
@@ -294,6 +288,16 @@ class ParallelConfig:
                 f"{d.width}x{d.height} frame has only {tokens} tokens; use at most {tokens}"
             )
         return self
+
+
+def check_heads(ulysses_degree: int, num_attention_heads: int) -> None:
+    """Raise ConfigError, saying which degrees can, if ranks of the ulysses axis cannot share the heads evenly."""
+    if num_attention_heads % ulysses_degree:
+        divisors = [str(n) for n in range(1, num_attention_heads + 1) if num_attention_heads % n == 0]
+        raise ConfigError(
+            f"ulysses_degree={ulysses_degree} does not divide num_attention_heads={num_attention_heads}; "
+            f"use one of {', '.join(divisors)}"
+        )
 
 
 def model_names() -> list[str]:

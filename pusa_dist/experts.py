@@ -38,7 +38,6 @@ class Experts:
         weights_root: str | None = None,
         attention: AttentionBackend = "ours",
     ) -> None:
-        self.model = model
         self.precision = model.precision_on(device.partition(":")[0])
         self._cfg_group = mesh.get_group("cfg")
         self._transformers = {}

@@ -121,11 +121,6 @@ class GenerationState:
             raise PusaError(f"all {self.num_steps} steps are done; a finished generation needs no expert")
         return self.experts[self.step]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors: what a checkpoint weighs."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
-
     def signature(self) -> Hashable:
         """Equal for states that may share the forward of their next step.
 

@@ -9,18 +9,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pusa_dist.config import ModelConfig
 from pusa_dist.errors import CheckpointError, ConfigError
 
 # Names under which training scripts wrap the weights of a pickled checkpoint.
 WRAPPERS = ("model_state", "state_dict")
 
 
-def weight_files(root: str, pattern: str) -> list[Path]:
-    """Files under ``root`` that a glob matches, sorted.
+def files_of(model: ModelConfig, setting: str, pattern: str | None, weights_root: str | None) -> list[Path]:
+    """Files of one part of a model, sorted.
+
+    Args:
+        model: whose files.
+        setting: where the model's configuration names them, for the error.
+        pattern: what it says there: a glob under the folder of weights.
+        weights_root: overrides the model's own folder.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the configuration names none, or there is no such file.
     """
+    root = weights_root or model.weights.root
+    if root is None or pattern is None:
+        raise ConfigError(f"{model.name}: {setting} names no file under a weights.root; add it")
     found = sorted(path for path in Path(root).glob(pattern) if path.is_file())
     if not found:
         raise ConfigError(f"no weights match {pattern!r} under {root!r}; put the published files there or set the root")

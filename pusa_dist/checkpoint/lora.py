@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pusa_dist.checkpoint.keys import diffusers_name, without_prefix
-from pusa_dist.checkpoint.load import read_tensors, refuse, weight_files
+from pusa_dist.checkpoint.load import files_of, read_tensors, refuse
 from pusa_dist.checkpoint.seeded import seeded_normal
-from pusa_dist.checkpoint.transformer import root_of
 from pusa_dist.config import LoraConfig, ModelConfig
 from pusa_dist.errors import CheckpointError, ConfigError
 
@@ -230,10 +229,7 @@ def _deltas(
         if model.weights.seed is None:
             raise ConfigError(f"{model.name}: {part}.rank draws a random LoRA, for models with weights.seed only")
         return dict(_drawn(transformer, lora.rank, model.weights.seed, f"{part}/{expert}"))
-    pattern = lora.files.get(expert)
-    if pattern is None:
-        raise ConfigError(f"{model.name}: {part}.files names no file for expert {expert!r}; add it")
-    tensors = read_tensors(weight_files(root_of(model, weights_root), pattern))
+    tensors = read_tensors(files_of(model, f"{part}.files.{expert}", lora.files.get(expert), weights_root))
     return read_pusa(tensors) if part == "lora" else read_distill(tensors)
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from pusa_dist.checkpoint.load import load_exactly, read_tensors, weight_files
+from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_state
 from pusa_dist.config import ModelConfig, Precision, TextEncoderConfig
-from pusa_dist.errors import ConfigError
+from pusa_dist.schedule import DTYPES
 
 # Published name to transformers' name; a block's names follow its number.
 _WHOLE = {
@@ -48,7 +48,7 @@ def build_text_encoder(
         CheckpointError: the file's tensors are not exactly the encoder's.
         ConfigError: the file does not exist.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     with torch.device("meta"):
         encoder = new_text_encoder(model.text_encoder)
     if model.weights.seed is not None:
@@ -56,11 +56,8 @@ def build_text_encoder(
         tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
         tensors[_TIED] = tensors["shared.weight"]
     else:
-        root = weights_root or model.weights.root
-        if root is None or model.weights.text_encoder is None:
-            raise ConfigError(f"model {model.name}: weights.text_encoder names no file; give the file of umT5")
-        paths = weight_files(root, model.weights.text_encoder)
-        tensors = transformers_names(read_tensors(paths, dtype=dtype, device=device))
+        files = files_of(model, "weights.text_encoder", model.weights.text_encoder, weights_root)
+        tensors = transformers_names(read_tensors(files, dtype=dtype, device=device))
     load_text_encoder(encoder, tensors, f"the text encoder of {model.name}")
     return encoder.eval().requires_grad_(False)
 

@@ -3,13 +3,12 @@
 import torch
 
 from pusa_dist.checkpoint.keys import with_diffusers_names
-from pusa_dist.checkpoint.load import load_exactly, read_tensors, weight_files
+from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_state
 from pusa_dist.config import ModelConfig, Precision
 from pusa_dist.errors import ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from pusa_dist.schedule import DTYPES
 
 
 def build_transformer(
@@ -40,31 +39,8 @@ def build_transformer(
         drawn = seeded_state(transformer, model.weights.seed, f"transformer/{expert}")
         tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
     else:
-        files = weight_files(root_of(model, weights_root), pattern_of(model, expert))
+        pattern = model.weights.transformer.get(expert)
+        files = files_of(model, f"weights.transformer.{expert}", pattern, weights_root)
         tensors = with_diffusers_names(read_tensors(files, dtype=dtype, device=device), what)
     load_exactly(transformer, tensors, what)
     return transformer.eval().requires_grad_(False)
-
-
-def root_of(model: ModelConfig, weights_root: str | None) -> str:
-    """Folder of a model's files.
-
-    Raises:
-        ConfigError: neither the model nor the caller names one.
-    """
-    root = weights_root or model.weights.root
-    if root is None:
-        raise ConfigError(f"{model.name} needs files, and no folder of weights is set; set weights.root")
-    return root
-
-
-def pattern_of(model: ModelConfig, expert: str) -> str:
-    """Glob of an expert's files.
-
-    Raises:
-        ConfigError: the model's configuration names none.
-    """
-    pattern = model.weights.transformer.get(expert)
-    if pattern is None:
-        raise ConfigError(f"{model.name}: weights.transformer names no files for expert {expert!r}; add them")
-    return pattern

@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
-from pusa_dist.checkpoint.load import load_exactly, read_tensors, weight_files
+from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_normal
 from pusa_dist.config import ModelConfig, Precision, VaeConfig
-from pusa_dist.errors import ConfigError
+from pusa_dist.schedule import DTYPES
 
 # Published name (a prefix or an infix) to diffusers' name.
 _PARTS = {
@@ -54,14 +53,15 @@ def build_vae(
         CheckpointError: the file's tensors are not exactly the model's.
         ConfigError: the file does not exist.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     with torch.device("meta"):
         vae = new_vae(model.vae)
     if model.weights.seed is not None:
         drawn = _drawn(vae, model.weights.seed)
         tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
     else:
-        published = read_tensors(vae_files(model, weights_root), dtype=dtype, device=device)
+        files = files_of(model, "weights.vae", model.weights.vae, weights_root)
+        published = read_tensors(files, dtype=dtype, device=device)
         tensors = diffusers_names(published, model.vae.num_res_blocks)
     load_exactly(vae, tensors, f"the VAE of {model.name}")
     return vae.eval().requires_grad_(False)
@@ -77,15 +77,6 @@ def new_vae(config: VaeConfig) -> AutoencoderKLWan:
         latents_mean=list(config.latents_mean),
         latents_std=list(config.latents_std),
     )
-
-
-def vae_files(model: ModelConfig, weights_root: str | None) -> list[Path]:
-    """Paths of the VAE's weights."""
-    weights = model.weights
-    root = weights_root or weights.root
-    if root is None or weights.vae is None:
-        raise ConfigError(f"model {model.name}: weights.vae names no file; give the VAE's file under weights.root")
-    return weight_files(root, weights.vae)
 
 
 def diffusers_names(tensors: Mapping[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:

@@ -64,20 +64,6 @@ def upright(pixels: Frame, rotation: int) -> Frame:
     return np.ascontiguousarray(np.rot90(pixels, rotation // 90))
 
 
-def read_frames(data: bytes, start: int, stop: int | None) -> Frame:
-    """Frames start..stop-1 of a clip, (T, H, W, 3).
-
-    Args:
-        data: a whole MP4, MOV or WebM.
-        start: first frame; negative counts from the end of the clip, and then ``stop`` must be None.
-        stop: frame after the last one.
-
-    Raises:
-        RequestError: the clip cannot be decoded or has fewer frames.
-    """
-    return np.stack(list(select_frames(iter_frames(data), start, stop)))
-
-
 def select_frames(frames: Iterator[Frame], start: int, stop: int | None) -> Iterator[Frame]:
     """``frames[start:stop]`` of an iterator, holding no more than the frames of a negative start.
 
@@ -100,11 +86,6 @@ def select_frames(frames: Iterator[Frame], start: int, stop: int | None) -> Iter
 def fit_clip_frame(pixels: Frame, width: int, height: int, fit: Fit) -> Frame:
     """One frame of a clip brought to (height, width, 3) with OpenCV's 8x8 Lanczos filter."""
     return fit_frame(pixels, width, height, fit, _lanczos4)
-
-
-def fit_clip(frames: Frame, width: int, height: int, fit: Fit) -> Frame:
-    """Frames (T, H, W, 3) brought to (T, height, width, 3)."""
-    return np.stack([fit_clip_frame(frame, width, height, fit) for frame in frames])
 
 
 def _lanczos4(pixels: Frame, width: int, height: int) -> Frame:

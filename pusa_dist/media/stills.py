@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,19 +24,6 @@ def thumbnail(frame: Frame) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80, method=4)
     return buffer.getvalue()
-
-
-def spritesheet(frames: Iterable[Frame], num_frames: int) -> bytes:
-    """A JPEG with up to 16 evenly spaced frames in rows, no side longer than 1280 pixels.
-
-    Args:
-        frames: (H, W, 3) each, in order; only those shown are kept, shrunk.
-        num_frames: how many there are.
-    """
-    sheet = SpriteSheet(num_frames)
-    for frame in frames:
-        sheet.write(frame[None])
-    return sheet.to_jpeg()
 
 
 class SpriteSheet:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from pusa_dist.config import check_heads
 from pusa_dist.errors import ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer
 from pusa_dist.parallel.attention import SequenceAttention
@@ -33,11 +34,7 @@ def parallelize(
     """
     shard = SequenceShard(mesh.get_group("ring"), mesh.get_group("ulysses"))
     heads = model.config["num_attention_heads"]
-    if heads % shard.ulysses_degree:
-        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise ConfigError(
-            f"ulysses_degree={shard.ulysses_degree} does not divide num_attention_heads={heads}; use one of {divisors}"
-        )
+    check_heads(shard.ulysses_degree, heads)
     model.token_shard = shard
     ours = SequenceAttention(shard)
     if attention == "ours":

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from pusa_dist.config import ParallelConfig, load_model_config
+from pusa_dist.errors import CheckpointError
+from pusa_dist.parallel.mesh import free_port
 from pusa_dist.request import ConditioningParams, MediaInfo, RequestParams, resolve_request
+from pusa_dist.state import GenerationState
 from pusa_dist.worker import Worker, WorkerOptions
 
 STEPS = 4
@@ -79,3 +82,40 @@ def test_a_gang_of_workers_generates_what_one_worker_does(run_ranks, model_name)
             # In a batch a sample's sums may be taken in another order: equal, not bit-equal.
             assert all((shared_one - finals[0]).abs().max() < 1e-5 for shared_one in finals[2:3])
             assert shared == "from rank 0"
+
+
+def start(worker, job_id, request, text_dim):
+    generator = torch.Generator().manual_seed(7)
+    context, negative = torch.randn(2, 9, text_dim, generator=generator)
+    worker.admit(job_id, request, context, negative, torch.randn(16, 1, 10, 14, generator=generator))
+
+
+def strengths_and_refusals(place):
+    """Latents after 2 and 4 steps of jobs that differ in one expert's strength, and foreign checkpoints."""
+    model = load_model_config("debug-two-expert")
+    worker = Worker(model, ParallelConfig(), WorkerOptions(threads=1, timeout_s=60))
+    worker.join(0, 1, "127.0.0.1", place.port)
+    found = {}
+    for name, alpha in {"plain": (1.5, 1.4), "high": (4.0, 1.4), "low": (1.5, 4.0), "again": (1.5, 1.4)}.items():
+        request = replace(small_request(model), lora_alpha=dict(zip(model.experts, alpha, strict=True)))
+        start(worker, name, request, model.transformer.text_dim)
+        for _ in range(2):
+            worker.step([name])
+        data = worker.checkpoint(name)
+        found[name] = (GenerationState.from_bytes(data).latents, finish(worker, name, 2))
+    worker.leave()
+    for change in ({"name": "other"}, {"revision": "2"}, {"precision": "bf16"}):
+        other = Worker(replace(model, **change), ParallelConfig(), WorkerOptions(threads=1, timeout_s=60))
+        other.join(0, 1, "127.0.0.1", free_port())
+        with pytest.raises(CheckpointError, match="resume it on a gang like its own"):
+            other.restore("job", data)
+        other.leave()
+    return found
+
+
+def test_each_expert_runs_at_its_own_strength_and_a_foreign_checkpoint_is_refused(run_ranks):
+    ((plain, high, low, again),) = (found.values() for found in run_ranks(1, strengths_and_refusals))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), "strengths of other jobs left a trace"
+    assert not torch.equal(high[0], plain[0])
+    assert torch.equal(low[0], plain[0]), "the low-noise expert has not run yet"
+    assert not torch.equal(low[1], plain[1])

@@ -20,7 +20,6 @@ from pusa_dist.model.transformer import VectorTimestepTransformer, new_transform
 from pusa_dist.trace import record_forward
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-FORWARDS = sorted(path.stem for path in GOLDENS.glob("forward_*.json"))
 SMALL = TransformerConfig(
     num_layers=2, num_attention_heads=4, attention_head_dim=24, ffn_dim=128, text_dim=32, freq_dim=64
 )
@@ -66,25 +65,6 @@ def _inputs(batch: int = 1, frames: int = 5, height: int = 8, width: int = 12) -
     timestep = torch.rand(batch, frames, generator=generator) * 1000
     timestep[:, 0] = 0.0
     return latents, timestep, torch.randn(batch, 11, 32, generator=generator)
-
-
-@pytest.mark.parametrize("name", FORWARDS)
-def test_recorded_forward_is_reproduced_with_its_intermediates(name: str) -> None:
-    case, tensors = _case(name)
-    dtype = getattr(torch, case["dtype"].removeprefix("torch."))
-    model = _golden_transformer(case, dtype)
-    timestep = tensors["timestep"].to(dtype).float()
-    seen = record_forward(model, tensors["x"].to(dtype), timestep, tensors["context"].to(dtype))
-    expected = {key: x for key, x in tensors.items() if key not in ("x", "timestep", "context")}
-    assert expected.keys() <= seen.keys()
-    for key, x in expected.items():
-        assert seen[key].shape == x.shape
-        assert seen[key].dtype == x.dtype
-        if "max_abs" in case["tolerance"]:
-            assert (seen[key] - x).abs().max() <= case["tolerance"]["max_abs"], key
-        else:
-            cosine = torch.cosine_similarity(seen[key].double().flatten(), x.double().flatten(), 0)
-            assert cosine >= case["tolerance"]["min_cosine"], key
 
 
 def test_per_frame_timesteps_equal_diffusers_fed_one_per_token() -> None:

@@ -1,4 +1,4 @@
-"""LoRA merges against recorded upstream merges, and what re-merging promises."""
+"""What merging and re-merging promises; test_runner.py compares with the recorded merges."""
 
 import json
 from collections.abc import Mapping
@@ -21,8 +21,6 @@ from pusa_dist.model.transformer import VectorTimestepTransformer, new_transform
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASE = json.loads((GOLDENS / "lora.json").read_text())
 TENSORS = load_file(GOLDENS / "lora.safetensors")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECORDED = sorted({key.split("/")[0] for key in TENSORS if key.startswith("merged_")})
 
 
 def _under(prefix: str) -> dict[str, Tensor]:
@@ -46,16 +44,6 @@ def _transformer(dtype: torch.dtype = torch.float32) -> VectorTimestepTransforme
     return model.requires_grad_(False)
 
 
-def _ulps(a: Tensor, b: Tensor) -> int:
-    """Representable bfloat16 numbers from a to b, at most."""
-
-    def ordered(x: Tensor) -> Tensor:
-        bits = x.view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return int((ordered(a) - ordered(b)).abs().max())
-
-
 def _copy(model: VectorTimestepTransformer) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in model.state_dict().items()}
 
@@ -66,33 +54,6 @@ def _equal(model: VectorTimestepTransformer, tensors: Mapping[str, Tensor]) -> b
 
 def _debug(**changes: object) -> ModelConfig:
     return replace(load_model_config("debug"), **changes)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("recorded", RECORDED)
-def test_recorded_merge_is_reproduced(recorded: str) -> None:
-    precision, _, kind = recorded.removeprefix("merged_").partition(".")
-    model = _transformer(DTYPES[precision])
-    untouched = _copy(model)
-    distill = _under("lightx2v/")
-    if "no_alpha" in kind:
-        distill = {key: x for key, x in distill.items() if not key.endswith(".alpha")}
-    lora = MergedLora(
-        model,
-        read_pusa(_under("pusa/")) if "pusa" in kind else None,
-        read_distill(distill) if "lightx2v" in kind else None,
-    )
-    if "pusa" in kind:
-        lora.set_alpha(CASE["pusa_lora_alpha"])
-    weights = model.state_dict()
-    expected = {diffusers_name(key): x for key, x in _under(f"{recorded}/").items()}
-    assert len(expected) == len(CASE["targets"])
-    for name, x in weights.items():
-        if name not in expected:
-            assert torch.equal(x, untouched[name]), name
-        elif precision == "fp32":
-            assert (x - expected[name]).abs().max() <= CASE["tolerance"]["fp32_max_abs"], name
-        else:
-            assert _ulps(x, expected[name]) <= CASE["tolerance"]["bf16_max_ulp"], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,7 +183,7 @@ def test_a_model_without_lora_says_so() -> None:
 def test_a_lora_file_that_is_not_named_or_not_there_is_a_configuration_error(tmp_path: Path) -> None:
     transformer = _transformer()
     unnamed = _debug(lora=LoraConfig(alpha={"main": 1.4}))
-    with pytest.raises(ConfigError, match=r"lora\.files names no file for expert 'main'"):
+    with pytest.raises(ConfigError, match=r"lora\.files\.main names no file"):
         build_lora(unnamed, "main", transformer)
     absent = _debug(lora=LoraConfig(alpha={"main": 1.4}, files={"main": "pusa.pt"}))
     with pytest.raises(ConfigError, match=r"pusa\.pt"):

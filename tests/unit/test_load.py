@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
-from pusa_dist.checkpoint.load import load_exactly, read_tensors, weight_files
+from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import ModelConfig, TransformerConfig, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
@@ -76,8 +76,7 @@ def test_the_module_takes_the_tensors_themselves() -> None:
 
 def test_tensors_are_read_from_shards_and_converted(tmp_path: Path) -> None:
     _save_shards(tmp_path, {"a": torch.ones(2), "b": torch.arange(3), "c": torch.zeros(1)})
-    paths = weight_files(str(tmp_path), "shard-*.safetensors")
-    tensors = read_tensors(paths, dtype=torch.bfloat16)
+    tensors = read_tensors(sorted(tmp_path.iterdir()), dtype=torch.bfloat16)
     assert {name: x.dtype for name, x in tensors.items()} == {
         "a": torch.bfloat16,
         "b": torch.int64,
@@ -89,12 +88,20 @@ def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     for name in ("1.safetensors", "2.safetensors"):
         save_file({"a": torch.ones(2)}, tmp_path / name)
     with pytest.raises(CheckpointError, match="a is already in another file"):
-        read_tensors(weight_files(str(tmp_path), "*.safetensors"))
+        read_tensors(sorted(tmp_path.iterdir()))
 
 
-def test_no_matching_file_is_a_configuration_error_that_names_the_pattern(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model-\*\.safetensors"):
-        weight_files(str(tmp_path), "model-*.safetensors")
+def test_files_that_are_not_named_or_not_there_are_a_configuration_error(tmp_path: Path) -> None:
+    model = _model(tmp_path)
+    for name in ("b.pth", "a.pth", "c.txt"):
+        (tmp_path / name).touch()
+    assert files_of(model, "weights.vae", "*.pth", None) == [tmp_path / "a.pth", tmp_path / "b.pth"]
+    with pytest.raises(ConfigError, match=r"golden: weights\.vae names no file"):
+        files_of(model, "weights.vae", None, None)
+    with pytest.raises(ConfigError, match=r"debug: weights\.vae names no file under a weights\.root"):
+        files_of(load_model_config("debug"), "weights.vae", "vae.pth", None)
+    with pytest.raises(ConfigError, match=r"no weights match 'model-\*\.pth' under '.*elsewhere'"):
+        files_of(model, "weights.vae", "model-*.pth", str(tmp_path / "elsewhere"))
 
 
 @pytest.mark.parametrize("wrapper", [None, "model_state", "state_dict"])

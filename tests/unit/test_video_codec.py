@@ -10,7 +10,7 @@ from PIL import Image
 
 from pusa_dist.config import load_model_config
 from pusa_dist.errors import RequestError
-from pusa_dist.media.clips import fit_clip, read_frames
+from pusa_dist.media.clips import fit_clip_frame, iter_frames
 from pusa_dist.media.frames import to_model_range
 from pusa_dist.media.images import fit_image
 from pusa_dist.media.mp4 import Mp4Writer
@@ -61,6 +61,11 @@ def request_for(model, inputs, *entries):
     return resolve_request(params, [probe(data) for data in inputs], model)
 
 
+def fitted(clip: bytes, start: int, stop: int | None) -> np.ndarray:
+    """Frames start..stop of a clip as the codec must bring them to the video's size."""
+    return np.stack([fit_clip_frame(frame, WIDTH, HEIGHT, "crop") for frame in list(iter_frames(clip))[start:stop]])
+
+
 def latents_of(codec, frames) -> torch.Tensor:
     return encode(codec._vae, torch.from_numpy(to_model_range(frames))[None])[0]
 
@@ -91,7 +96,7 @@ def test_latents_come_in_the_order_of_the_request(codec, model, picture, clip):
 
 
 def test_a_clip_is_encoded_from_its_start_and_the_source_picks_the_latent(codec, model, clip):
-    whole = latents_of(codec, fit_clip(read_frames(clip, 0, 17), WIDTH, HEIGHT, "crop"))
+    whole = latents_of(codec, fitted(clip, 0, 17))
     request = request_for(model, [clip], {"position": 2}, {"position": 0}, {"position": 3, "source": 1})
     given = codec.encode_inputs(request, [clip])
     assert torch.equal(given, whole[:, [2, 0, 1]])
@@ -99,7 +104,7 @@ def test_a_clip_is_encoded_from_its_start_and_the_source_picks_the_latent(codec,
 
 def test_negative_sources_are_the_clips_last_frames_encoded_as_a_clip_of_their_own(codec, model, clip):
     # The clip has 20 frames: its tail of 3 latents is frames 11..19, and latent -3 is frame 11 alone.
-    tail = latents_of(codec, fit_clip(read_frames(clip, -9, None), WIDTH, HEIGHT, "crop"))
+    tail = latents_of(codec, fitted(clip, -9, None))
     request = request_for(
         model,
         [clip],
@@ -110,22 +115,22 @@ def test_negative_sources_are_the_clips_last_frames_encoded_as_a_clip_of_their_o
     )
     given = codec.encode_inputs(request, [clip])
     assert torch.equal(given[:, :3], tail)
-    first = latents_of(codec, fit_clip(read_frames(clip, 11, 12), WIDTH, HEIGHT, "crop"))
+    first = latents_of(codec, fitted(clip, 11, 12))
     assert torch.equal(given[:, :1], first)
-    head = latents_of(codec, fit_clip(read_frames(clip, 0, 17), WIDTH, HEIGHT, "crop"))
+    head = latents_of(codec, fitted(clip, 0, 17))
     assert torch.equal(given[:, 3], head[:, 4])
 
 
 def test_the_last_latent_alone_is_the_clips_last_frame(codec, model, clip):
     given = codec.encode_inputs(request_for(model, [clip], {"position": 0, "source": -1}), [clip])
-    last = fit_clip(read_frames(clip, 19, 20), WIDTH, HEIGHT, "crop")
+    last = fitted(clip, 19, 20)
     assert torch.equal(given, latents_of(codec, last))
 
 
 def test_a_clip_that_is_shorter_than_was_probed_is_refused(codec, model, clip, tmp_path):
     request = request_for(model, [clip], {"position": 4})
     with Mp4Writer(tmp_path / "short.mp4", 96, 64, 8) as writer:
-        writer.write(read_frames(clip, 0, 9))
+        writer.write(np.stack(list(iter_frames(clip))[:9]))
     with pytest.raises(RequestError) as caught:
         codec.encode_inputs(request, [(tmp_path / "short.mp4").read_bytes()])
     assert caught.value.code == "clip_too_short"
