@@ -1,6 +1,9 @@
 """What is written: the MP4, the thumbnail, the contact sheet and the lossless frames."""
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 
 import av
@@ -49,6 +52,27 @@ def test_an_mp4_has_the_same_bytes_for_the_same_frames_however_they_are_handed_o
     first = written(tmp_path / "a.mp4", frames)
     assert written(tmp_path / "b.mp4", frames, chunk=1) == first
     assert written(tmp_path / "c.mp4", frames[::-1]) != first
+
+
+WRITE_ONE = """
+import sys, numpy as np
+from pusa_dist.media.mp4 import Mp4Writer
+t, y, x = np.ogrid[:4, :480, :832]
+frames = np.stack([(x * 7 + t * 9) % 256 + 0 * y, (y * 5 + t * 3) % 256 + 0 * x, (x * y + t) % 256], -1) // 2
+frames += np.random.default_rng(0).integers(0, 128, frames.shape)
+with Mp4Writer(sys.argv[1], 832, 480, 8) as writer:
+    writer.write(frames.astype(np.uint8))
+"""
+
+
+def test_what_was_in_memory_before_does_not_reach_the_bytes(tmp_path):
+    written = []
+    for fill in ("0", "1", "85"):
+        path = tmp_path / f"{fill}.mp4"
+        env = {**os.environ, "MALLOC_PERTURB_": fill, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", WRITE_ONE, str(path)], env=env, check=True)
+        written.append(path.read_bytes())
+    assert written[0] == written[1] == written[2]
 
 
 def test_a_single_frame_makes_an_mp4(tmp_path):
