@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from pusa_dist.errors import GangError, PusaError
 from pusa_dist.request import GenerationRequest
 from serve.jobs import Artifact, Job
-from serve.stages import Finished, Progress, ReplicaLostError, TensorRef
+from serve.stages import Finished, GangUnavailableError, Progress, ReplicaLostError, TensorRef
 
 Handle = DeploymentHandle[Any]
 _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
@@ -51,11 +51,11 @@ class ServeStages:
                 is_held = True
                 yield message
         except (RayError, *_LOST) as error:
-            ours = _translated(error)
-            # The coordinator died with the job on its gang: that is the gang's death, too.
-            if is_held and isinstance(error, RayActorError):
-                ours = GangError(f"the denoiser died: {error}")
-            raise ours from error
+            if isinstance(error, RayActorError):
+                # With the job on its gang, the coordinator's death is the gang's; before, nothing of the job ran.
+                died = GangError if is_held else GangUnavailableError
+                raise died(f"the denoiser died: {error}") from error
+            raise _translated(error) from error
         finally:
             messages.cancel()
 
