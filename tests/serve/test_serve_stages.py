@@ -14,7 +14,7 @@ STEP = Progress(step=0, num_steps=4, seconds=0.0)
 
 def task_error(cause):
     """As Ray delivers an exception that a replica raised."""
-    return RayTaskError("generate", "traceback", cause).as_instanceof_cause()
+    return RayTaskError("generate", f"traceback: {cause}", cause).as_instanceof_cause()
 
 
 class FakeDenoiser:
