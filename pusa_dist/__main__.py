@@ -154,14 +154,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     from pusa_dist.generate import Generator, Place
     from pusa_dist.worker import WorkerOptions
 
-    model = load_model_config(arguments.model)
+    model = load_model_config(arguments.model, arguments.weights)
     inputs = [path.read_bytes() for path in arguments.input]
     request = _request(arguments, model, inputs)
     place = Place.from_environment()
     options = WorkerOptions(
         device=arguments.device,
         threads=arguments.threads,
-        weights_root=arguments.weights,
         attention=arguments.attention,
     )
     generator = Generator(model, _parallel(arguments), options, place)

@@ -5,7 +5,7 @@ Unknown keys are errors, so a misspelt setting can never be silently ignored.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
@@ -306,8 +306,16 @@ def model_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_model_config(name_or_path: str) -> ModelConfig:
-    """Read a model's YAML by its shipped name (``debug``) or by path (anything ending in .yaml)."""
+def load_model_config(name_or_path: str, weights_root: str | None = None) -> ModelConfig:
+    """Read a model's YAML.
+
+    Args:
+        name_or_path: a shipped name (``debug``), or a path (anything ending in .yaml).
+        weights_root: folder of the weights, instead of the one the YAML names.
+
+    Raises:
+        ConfigError: there is no such model, its YAML cannot work, or it reads no weights from a folder.
+    """
     if name_or_path.endswith((".yaml", ".yml")):
         source: Any = Path(name_or_path)
     elif name_or_path in model_names():
@@ -322,4 +330,9 @@ def load_model_config(name_or_path: str) -> ModelConfig:
         raise ConfigError(f"model configuration {source} cannot be read: {' '.join(str(error).split())}") from error
     if isinstance(values, dict) and values.get("distill_lora") and isinstance(values.get("defaults"), dict):
         values["defaults"].setdefault("guidance_scale", 1.0)
-    return from_mapping(ModelConfig, values, str(source))
+    model = from_mapping(ModelConfig, values, str(source))
+    if weights_root is None:
+        return model
+    if model.weights.seed is not None:
+        raise ConfigError(f"weights folder {weights_root!r}: {model.name} draws its weights from a seed; leave it out")
+    return replace(model, weights=replace(model.weights, root=weights_root))

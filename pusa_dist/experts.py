@@ -25,7 +25,6 @@ class Experts:
         model: whose weights are loaded.
         mesh: the gang's mesh; this rank's transformers become its shard of the gang's.
         device: "cpu", "cuda" or "cuda:n".
-        weights_root: overrides the model's own folder of weights.
         attention: which sequence-parallel attention to use.
     """
 
@@ -35,7 +34,6 @@ class Experts:
         mesh: DeviceMesh,
         *,
         device: str,
-        weights_root: str | None = None,
         attention: AttentionBackend = "ours",
     ) -> None:
         self.precision = model.precision_on(device.partition(":")[0])
@@ -43,10 +41,8 @@ class Experts:
         self._transformers = {}
         self._loras = {}
         for expert in model.experts:
-            transformer = build_transformer(
-                model, expert, device=device, precision=self.precision, weights_root=weights_root
-            )
-            self._loras[expert] = build_lora(model, expert, transformer, weights_root=weights_root)
+            transformer = build_transformer(model, expert, device=device, precision=self.precision)
+            self._loras[expert] = build_lora(model, expert, transformer)
             self._transformers[expert] = parallelize(transformer, mesh, attention)
 
     def advance(self, states: Sequence[GenerationState]) -> list[GenerationState]:

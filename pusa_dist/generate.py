@@ -64,8 +64,8 @@ class Generator:
         self.is_first = place.rank == 0
         self._worker = Worker(model, parallel, options)
         if self.is_first:
-            self._text = PromptEncoder(model, options.device, options.weights_root)
-            self._codec = VideoCodec(model, options.device, options.weights_root)
+            self._text = PromptEncoder(model, options.device)
+            self._codec = VideoCodec(model, options.device)
         self._worker.join(place.rank, place.world_size, place.address, place.port)
 
     def generate(self, request: GenerationRequest, inputs: Sequence[bytes], out: Path) -> dict[str, float]:

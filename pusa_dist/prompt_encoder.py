@@ -14,18 +14,17 @@ from pusa_dist.tokenizer import clean_prompt, load_tokenizer
 class PromptEncoder:
     """Encodes prompts and remembers the latest: a negative prompt is the same for every job."""
 
-    def __init__(self, model: ModelConfig, device: str, weights_root: str | None = None, cache_size: int = 256) -> None:
+    def __init__(self, model: ModelConfig, device: str, cache_size: int = 256) -> None:
         """Load the tokenizer and the text encoder.
 
         Args:
             model: whose text encoder.
             device: where it runs.
-            weights_root: overrides ``weights.root``.
             cache_size: prompts remembered; the least recently used is forgotten.
         """
         precision = model.precision_on(torch.device(device).type)
-        self._tokenizer = load_tokenizer(model, weights_root)
-        self._encoder = build_text_encoder(model, device=device, precision=precision, weights_root=weights_root)
+        self._tokenizer = load_tokenizer(model)
+        self._encoder = build_text_encoder(model, device=device, precision=precision)
         self._max_tokens = model.text_encoder.max_tokens
         self._device = torch.device(device)
         self._cached = lru_cache(maxsize=cache_size)(self._encode)

@@ -22,7 +22,7 @@ def clean_prompt(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def load_tokenizer(model: ModelConfig, weights_root: str | None = None) -> Tokenizer:
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """The tokenizer of a model's text encoder; it appends the end of text and neither pads nor truncates.
 
     Raises:
@@ -32,7 +32,7 @@ def load_tokenizer(model: ModelConfig, weights_root: str | None = None) -> Token
         if model.weights.seed is None:
             raise ConfigError(f"model {model.name}: weights.tokenizer names no file; give its tokenizer.json")
         return byte_tokenizer()
-    path = Path(weights_root or model.weights.root or "") / model.weights.tokenizer
+    path = Path(model.weights.root or "") / model.weights.tokenizer
     if not path.is_file():
         raise ConfigError(f"tokenizer {path} does not exist; put it there or set weights.root")
     try:

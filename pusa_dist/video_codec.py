@@ -23,21 +23,18 @@ class VideoCodec:
     Holds weights only: any number of decodes may be consumed in turns, with encodes in between.
     """
 
-    def __init__(
-        self, model: ModelConfig, device: str, weights_root: str | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, device: str, threads: int | None = None) -> None:
         """Load the VAE.
 
         Args:
             model: whose VAE.
             device: where it runs.
-            weights_root: overrides ``weights.root``.
             threads: CPU threads of this process; None leaves torch's choice.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         precision = model.precision_on(torch.device(device).type)
-        self._vae = build_vae(model, device=device, precision=precision, weights_root=weights_root)
+        self._vae = build_vae(model, device=device, precision=precision)
         self._tiling = (model.vae.tile, model.vae.tile_stride)
         self._device = torch.device(device)
 

@@ -31,7 +31,6 @@ class WorkerOptions:
     device: str = "cpu"
     threads: int | None = None
     """CPU threads of this rank; None leaves it to torch."""
-    weights_root: str | None = None
     timeout_s: float = 600.0
     """A collective that takes longer fails the rank."""
     attention: AttentionBackend = "ours"
@@ -57,7 +56,6 @@ class Worker:
                 self.model,
                 mesh,
                 device=self.options.device,
-                weights_root=self.options.weights_root,
                 attention=self.options.attention,
             )
         except BaseException:

@@ -115,17 +115,16 @@ def build_app(args: ServeConfig) -> ray_serve.Application:
         ConfigError: settings that cannot work, or stores that not every node of the cluster can reach.
     """
     model = args.load_model()
-    return application(args, functools.partial(new_worker, model, args.denoiser, args.weights_root))
+    return application(args, functools.partial(new_worker, model, args.denoiser))
 
 
-def new_worker(model: ModelConfig, config: DenoiserConfig, weights_root: str | None) -> "Worker":
+def new_worker(model: ModelConfig, config: DenoiserConfig) -> "Worker":
     """A rank's worker, in the rank's process."""
     from pusa_dist.worker import Worker, WorkerOptions  # torch stays out of the other roles
 
     options = WorkerOptions(
         device=config.device,
         threads=config.threads_per_rank,
-        weights_root=weights_root,
         timeout_s=config.start_timeout_s,
         attention=config.attention,
     )
@@ -139,12 +138,11 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     config = config.model_copy(update={"state_dir": str(Path(config.state_dir).absolute())})
     if ray.is_initialized():
         require_shared_stores(config, num_alive_nodes())
-    weights = config.weights_root
     text_encoder = _deployment(TextEncoder, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
-        model, config.text_encoder.device, weights
+        model, config.text_encoder.device
     )
     vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=NUM_THREADS).bind(
-        model, config.vae.device, weights, config.resolved_artifacts_url
+        model, config.vae.device, config.resolved_artifacts_url
     )
     denoiser = _gang_deployment(config).bind(config.denoiser, make_worker)
     dispatcher = _deployment(DispatcherReplica, DISPATCHER, config.dispatcher, graceful_shutdown_timeout_s=20.0).bind(

@@ -121,7 +121,7 @@ class ServeConfig(Settings):
 
     def load_model(self) -> ModelConfig:
         """The model's configuration, checked against the gang's degrees."""
-        model = load_model_config(self.model)
+        model = load_model_config(self.model, self.weights_root)
         self.denoiser.parallel.check(model)
         if self.dispatcher.num_replicas != 1 or self.dispatcher.max_replicas is not None:
             raise ConfigError("dispatcher: exactly one replica per cluster; set num_replicas to 1 and no max_replicas")

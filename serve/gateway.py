@@ -52,7 +52,7 @@ class Gateway:
         self.artifacts = ArtifactStore(config.resolved_artifacts_url)
         self.started_at = clock()
         self._clock = clock
-        self._tokenizer = load_tokenizer(self.model, config.weights_root)
+        self._tokenizer = load_tokenizer(self.model)
         self._store = JobStore(config.resolved_database_url, clock)
         self._store.create_tables()
 

@@ -12,10 +12,10 @@ from serve.stages import TensorRef
 class TextEncoder:
     """Embeds prompts on a thread of its own, so that the replica always answers Serve."""
 
-    def __init__(self, model: ModelConfig, device: str, weights_root: str | None) -> None:
+    def __init__(self, model: ModelConfig, device: str) -> None:
         from pusa_dist.prompt_encoder import PromptEncoder  # torch stays out of the other roles
 
-        self._encoder = PromptEncoder(model, device, weights_root)
+        self._encoder = PromptEncoder(model, device)
         self._thread = ThreadPoolExecutor(1, "text")
 
     async def embed(self, prompt: str) -> TensorRef:

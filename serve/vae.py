@@ -30,10 +30,10 @@ NUM_THREADS = 2
 class Vae:
     """Encodes and decodes on threads, so that the replica always answers Serve."""
 
-    def __init__(self, model: ModelConfig, device: str, weights_root: str | None, artifacts_url: str) -> None:
+    def __init__(self, model: ModelConfig, device: str, artifacts_url: str) -> None:
         from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
 
-        self._codec = VideoCodec(model, device, weights_root)
+        self._codec = VideoCodec(model, device)
         self._artifacts = ArtifactStore(artifacts_url)
         self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
 

@@ -16,19 +16,18 @@ from pusa_dist.errors import CheckpointError, ConfigError
 WRAPPERS = ("model_state", "state_dict")
 
 
-def files_of(model: ModelConfig, setting: str, pattern: str | None, weights_root: str | None) -> list[Path]:
+def files_of(model: ModelConfig, setting: str, pattern: str | None) -> list[Path]:
     """Files of one part of a model, sorted.
 
     Args:
         model: whose files.
         setting: where the model's configuration names them, for the error.
         pattern: what it says there: a glob under the folder of weights.
-        weights_root: overrides the model's own folder.
 
     Raises:
         ConfigError: the configuration names none, or there is no such file.
     """
-    root = weights_root or model.weights.root
+    root = model.weights.root
     if root is None or pattern is None:
         raise ConfigError(f"{model.name}: {setting} names no file under a weights.root; add it")
     found = sorted(path for path in Path(root).glob(pattern) if path.is_file())

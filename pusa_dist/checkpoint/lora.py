@@ -195,16 +195,13 @@ def _check_fit(weights: Mapping[str, Tensor], deltas: Mapping[str, LoraDelta], w
     refuse(what, {"unmatched": sorted(deltas.keys() - weights.keys()), "misshapen": misshapen})
 
 
-def build_lora(
-    model: ModelConfig, expert: str, transformer: nn.Module, *, weights_root: str | None = None
-) -> MergedLora | None:
+def build_lora(model: ModelConfig, expert: str, transformer: nn.Module) -> MergedLora | None:
     """Read an expert's LoRAs and attach them to its transformer; None when the model has none.
 
     Args:
         model: whose LoRAs.
         expert: one of ``model.experts``.
         transformer: the expert's, with its weights.
-        weights_root: overrides the folder of ``model.weights``.
 
     Raises:
         ConfigError: the configuration names no file for this expert, or the file is not there.
@@ -216,20 +213,20 @@ def build_lora(
     strength = 1.0
     if model.distill_lora is not None:
         strength = model.distill_lora.alpha[expert]
-        distill = _deltas(model, model.distill_lora, expert, "distill_lora", transformer, weights_root)
+        distill = _deltas(model, model.distill_lora, expert, "distill_lora", transformer)
     if model.lora is not None:
-        pusa = _deltas(model, model.lora, expert, "lora", transformer, weights_root)
+        pusa = _deltas(model, model.lora, expert, "lora", transformer)
     return MergedLora(transformer, pusa, distill, distill_strength=strength)
 
 
 def _deltas(
-    model: ModelConfig, lora: LoraConfig, expert: str, part: str, transformer: nn.Module, weights_root: str | None
+    model: ModelConfig, lora: LoraConfig, expert: str, part: str, transformer: nn.Module
 ) -> dict[str, LoraDelta]:
     if lora.rank is not None:
         if model.weights.seed is None:
             raise ConfigError(f"{model.name}: {part}.rank draws a random LoRA, for models with weights.seed only")
         return dict(_drawn(transformer, lora.rank, model.weights.seed, f"{part}/{expert}"))
-    tensors = read_tensors(files_of(model, f"{part}.files.{expert}", lora.files.get(expert), weights_root))
+    tensors = read_tensors(files_of(model, f"{part}.files.{expert}", lora.files.get(expert)))
     return read_pusa(tensors) if part == "lora" else read_distill(tensors)
 
 

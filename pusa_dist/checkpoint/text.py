@@ -33,16 +33,13 @@ _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _TIED = "encoder.embed_tokens.weight"
 
 
-def build_text_encoder(
-    model: ModelConfig, *, device: str, precision: Precision, weights_root: str | None = None
-) -> UMT5EncoderModel:
+def build_text_encoder(model: ModelConfig, *, device: str, precision: Precision) -> UMT5EncoderModel:
     """The model's text encoder with its weights, ready to run.
 
     Args:
         model: its shape and where its weights are.
         device: where the weights go.
         precision: dtype of the weights and of what is computed.
-        weights_root: overrides ``weights.root``.
 
     Raises:
         CheckpointError: the file's tensors are not exactly the encoder's.
@@ -56,7 +53,7 @@ def build_text_encoder(
         tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
         tensors[_TIED] = tensors["shared.weight"]
     else:
-        files = files_of(model, "weights.text_encoder", model.weights.text_encoder, weights_root)
+        files = files_of(model, "weights.text_encoder", model.weights.text_encoder)
         tensors = transformers_names(read_tensors(files, dtype=dtype, device=device))
     load_text_encoder(encoder, tensors, f"the text encoder of {model.name}")
     return encoder.eval().requires_grad_(False)

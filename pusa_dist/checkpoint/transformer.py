@@ -12,7 +12,7 @@ from pusa_dist.schedule import DTYPES
 
 
 def build_transformer(
-    model: ModelConfig, expert: str, *, device: str, precision: Precision, weights_root: str | None = None
+    model: ModelConfig, expert: str, *, device: str, precision: Precision
 ) -> VectorTimestepTransformer:
     """One expert of a model, ready for inference.
 
@@ -23,7 +23,6 @@ def build_transformer(
         expert: one of ``model.experts``.
         device: where the weights go.
         precision: of every weight.
-        weights_root: overrides the folder of ``model.weights``.
 
     Raises:
         ConfigError: unknown expert, or no file of that name.
@@ -40,7 +39,7 @@ def build_transformer(
         tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
     else:
         pattern = model.weights.transformer.get(expert)
-        files = files_of(model, f"weights.transformer.{expert}", pattern, weights_root)
+        files = files_of(model, f"weights.transformer.{expert}", pattern)
         tensors = with_diffusers_names(read_tensors(files, dtype=dtype, device=device), what)
     load_exactly(transformer, tensors, what)
     return transformer.eval().requires_grad_(False)

@@ -38,16 +38,13 @@ _PREFIXES = {**_PARTS, **{f"{half}.{a}": f"{half}.{b}" for half in ("encoder", "
 _UPSAMPLE = re.compile(r"decoder\.upsamples\.(\d+)\.")
 
 
-def build_vae(
-    model: ModelConfig, *, device: str, precision: Precision, weights_root: str | None = None
-) -> AutoencoderKLWan:
+def build_vae(model: ModelConfig, *, device: str, precision: Precision) -> AutoencoderKLWan:
     """The model's VAE with its weights, ready to run.
 
     Args:
         model: its shape and where its weights are.
         device: where the weights go.
         precision: dtype of the weights and of what is computed.
-        weights_root: overrides ``weights.root``.
 
     Raises:
         CheckpointError: the file's tensors are not exactly the model's.
@@ -60,7 +57,7 @@ def build_vae(
         drawn = _drawn(vae, model.weights.seed)
         tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
     else:
-        files = files_of(model, "weights.vae", model.weights.vae, weights_root)
+        files = files_of(model, "weights.vae", model.weights.vae)
         published = read_tensors(files, dtype=dtype, device=device)
         tensors = diffusers_names(published, model.vae.num_res_blocks)
     load_exactly(vae, tensors, f"the VAE of {model.name}")

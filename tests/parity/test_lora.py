@@ -14,7 +14,7 @@ from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
 from pusa_dist.checkpoint.load import load_exactly
 from pusa_dist.checkpoint.lora import MergedLora, build_lora, read_distill, read_pusa
 from pusa_dist.checkpoint.transformer import build_transformer
-from pusa_dist.config import LoraConfig, ModelConfig, TransformerConfig, load_model_config
+from pusa_dist.config import LoraConfig, ModelConfig, TransformerConfig, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
 
@@ -162,9 +162,10 @@ def test_files_named_by_the_configuration_are_merged_distillation_first(tmp_path
     model = _debug(
         lora=LoraConfig(alpha={"main": 1.4}, files={"main": "pusa.safetensors"}),
         distill_lora=LoraConfig(alpha={"main": 1.0}, files={"main": "distill.safetensors"}),
+        weights=WeightsConfig(root=str(tmp_path)),
     )
     transformer = _transformer()
-    lora = build_lora(model, "main", transformer, weights_root=str(tmp_path))
+    lora = build_lora(model, "main", transformer)
     assert lora is not None
     lora.set_alpha(1.4)
     weights = transformer.state_dict()
@@ -185,6 +186,7 @@ def test_a_lora_file_that_is_not_named_or_not_there_is_a_configuration_error(tmp
     unnamed = _debug(lora=LoraConfig(alpha={"main": 1.4}))
     with pytest.raises(ConfigError, match=r"lora\.files\.main names no file"):
         build_lora(unnamed, "main", transformer)
-    absent = _debug(lora=LoraConfig(alpha={"main": 1.4}, files={"main": "pusa.pt"}))
+    named = LoraConfig(alpha={"main": 1.4}, files={"main": "pusa.pt"})
+    absent = _debug(lora=named, weights=WeightsConfig(root=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"pusa\.pt"):
-        build_lora(absent, "main", transformer, weights_root=str(tmp_path))
+        build_lora(absent, "main", transformer)

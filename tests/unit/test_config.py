@@ -48,6 +48,12 @@ def test_an_impossible_model_is_refused_by_name(change, message):
         from_mapping(ModelConfig, {**debug_values(), **change}, "test")
 
 
+def test_the_folder_of_weights_can_be_overridden_where_there_is_one():
+    assert load_model_config("pusa-v1-14b", "/elsewhere").weights.root == "/elsewhere"
+    with pytest.raises(ConfigError, match="draws its weights from a seed"):
+        load_model_config("debug", "/elsewhere")
+
+
 def test_an_unreadable_configuration_is_refused_by_name(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("name: [")
