@@ -16,14 +16,14 @@ from ray.serve.handle import DeploymentHandle
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
-from serve.artifacts import ArtifactStore
 from serve.config import DenoiserConfig, RoleConfig, ServeConfig, require_shared_stores
 from serve.denoiser import Denoiser
 from serve.dispatcher import Dispatcher
 from serve.gang import Gang, MakeWorker
-from serve.jobs import JobStore
 from serve.metrics import GangMetrics, JobMetrics
 from serve.serve_stages import ServeStages
+from serve.store.artifacts import ArtifactStore
+from serve.store.jobs import JobStore
 from serve.text_encoder import TextEncoder
 from serve.vae import NUM_THREADS, Vae
 
@@ -40,10 +40,10 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class GatewayReplica:
-    """The HTTP ingress; see ``serve.gateway``."""
+    """The HTTP ingress; see ``serve.http.gateway``."""
 
     def __init__(self, config: ServeConfig, dispatcher: Handle) -> None:
-        from serve.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
+        from serve.http.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
 
         check_cluster(config)
         self._dispatcher = dispatcher  # binds the dispatcher, and all behind it, into the application
@@ -51,7 +51,7 @@ class GatewayReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray Serve asks for after construction."""
-        from serve.api import create_api
+        from serve.http.api import create_api
 
         return create_api(self._gateway)
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 from pusa_dist.errors import GangError, NumericsError, PusaError, RequestError
-from serve.artifacts import ArtifactStore
-from serve.jobs import Artifact, Job, JobStore, Stage
 from serve.policy.order import Waiting, in_order
 from serve.stages import Finished, GangUnavailableError, ReplicaLostError, Stages, TensorRef
+from serve.store.artifacts import ArtifactStore
+from serve.store.jobs import Artifact, Job, JobStore, Stage
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from ray.serve.handle import DeploymentHandle
 
 from pusa_dist.errors import GangError, PusaError
 from pusa_dist.request import GenerationRequest
-from serve.jobs import Artifact, Job
 from serve.stages import Finished, GangUnavailableError, Progress, ReplicaLostError, TensorRef
+from serve.store.jobs import Artifact, Job
 
 Handle = DeploymentHandle[Any]
 _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pusa_dist.errors import PusaError
 from pusa_dist.request import GenerationRequest
-from serve.jobs import Artifact, Job
+from serve.store.jobs import Artifact, Job
 
 
 class ReplicaLostError(PusaError):

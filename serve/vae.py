@@ -17,9 +17,9 @@ from pusa_dist.media.frames import Frame
 from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.request import GenerationRequest
-from serve.artifacts import ArtifactStore
-from serve.jobs import Artifact
 from serve.stages import TensorRef
+from serve.store.artifacts import ArtifactStore
+from serve.store.jobs import Artifact
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ import numpy as np
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from serve.api import create_api
-from serve.artifacts import ArtifactStore
 from serve.config import ServeConfig, UploadLimits
-from serve.gateway import Gateway
-from serve.jobs import Artifact, Job, JobStore
+from serve.http.api import create_api
+from serve.http.gateway import Gateway
+from serve.store.artifacts import ArtifactStore
+from serve.store.jobs import Artifact, Job, JobStore
 
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),

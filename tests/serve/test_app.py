@@ -93,6 +93,6 @@ def test_loopback_needs_no_keys(host):
 
 
 def test_the_roles_that_do_not_compute_import_no_torch():
-    code = "import sys, serve.app, serve.gateway, serve.api; print('torch' in sys.modules)"
+    code = "import sys, serve.app, serve.http.gateway, serve.http.api; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from pusa_dist.errors import ConfigError
-from serve.artifacts import ArtifactStore, input_key, job_prefix
+from serve.store.artifacts import ArtifactStore, input_key, job_prefix
 
 KEY = "jobs/video_1/attempts/1/video.mp4"
 pytestmark = [

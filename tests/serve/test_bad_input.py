@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve.schemas import PusaBody
+from serve.http.schemas import PusaBody
 from tests.serve.api_support import Service, animated_gif, blank_png, mp4, open_service, png, pusa
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from pusa_dist.errors import GangError, NumericsError, RequestError
 from pusa_dist.request import Conditioning, GenerationRequest
-from serve.artifacts import ArtifactStore
 from serve.dispatcher import Dispatcher
-from serve.jobs import Artifact, Job, JobStore, StoredInput
 from serve.stages import Finished, GangUnavailableError, Progress, ReplicaLostError, TensorRef
+from serve.store.artifacts import ArtifactStore
+from serve.store.jobs import Artifact, Job, JobStore, StoredInput
 
 REQUEST = GenerationRequest(
     model="debug", prompt="a", negative_prompt="b", width=64, height=64, num_frames=5, fps=8,

@@ -14,7 +14,7 @@ import pytest
 
 from pusa_dist.errors import ConfigError
 from pusa_dist.request import Conditioning, GenerationRequest
-from serve.jobs import Artifact, DuplicateKeyError, Job, JobStore, StoredInput, new_job_id
+from serve.store.jobs import Artifact, DuplicateKeyError, Job, JobStore, StoredInput, new_job_id
 
 LEASE_S = 10.0
 
@@ -277,7 +277,7 @@ def test_writers_in_many_threads_all_succeed(store: JobStore) -> None:
 
 CHILD = """
 import sys
-from serve.jobs import JobStore
+from serve.store.jobs import JobStore
 store = JobStore(sys.argv[1])
 store.create_tables()
 for job_id in sys.argv[2:]:

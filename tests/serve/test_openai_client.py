@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from serve.api import create_api
 from serve.config import ServeConfig, UploadLimits
-from serve.gateway import Gateway
+from serve.http.api import create_api
+from serve.http.gateway import Gateway
 from tests.serve.api_support import FakeDispatcher, mp4, png
 
 SESSION = Path(__file__).parent / "openai_session.py"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pusa_dist.errors import ConfigError
-from serve.errors import ServeError
-from serve.tenants import LOCAL, Tenants
+from serve.http.errors import ServeError
+from serve.http.tenants import LOCAL, Tenants
 from tests.serve.api_support import Service, open_service
 
 KEYS = "# teams\nred key-red\n\nblue key-blue\nred key-red-2\n"

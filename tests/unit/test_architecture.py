@@ -22,7 +22,7 @@ def test_public_names_are_sorted_and_exist():
     assert all(hasattr(pusa_dist, name) for name in pusa_dist.__all__)
 
 
-@pytest.mark.parametrize("module", ["pusa_dist", "pusa_dist.media.probe", "pusa_dist.tokenizer", "serve.api"])
+@pytest.mark.parametrize("module", ["pusa_dist", "pusa_dist.media.probe", "pusa_dist.tokenizer", "serve.http.api"])
 def test_what_a_gateway_imports_does_not_import_torch(module):
     done = run_python(f"import sys, {module}; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.geometry import PIXEL_MULTIPLE
-from serve.jobs import Job, Priority, Stage, Status
+from serve.store.jobs import Job, Priority, Stage, Status
 
 TASKS = (
     "text-to-video",

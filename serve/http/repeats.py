@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pusa_dist.errors import RequestError
-from serve.errors import ServeError
-from serve.jobs import Job, JobStore
-from serve.uploads import IncomingBody, Upload
+from serve.http.errors import ServeError
+from serve.http.uploads import IncomingBody, Upload
+from serve.store.jobs import Job, JobStore
 
 RETRY_WINDOW_S = 900.0
 """The stock client gives up after ten minutes by default."""

@@ -15,8 +15,8 @@ from sqlalchemy import ColumnElement, Row, and_, case, delete, func, insert, sel
 from sqlalchemy.exc import IntegrityError
 
 from pusa_dist.request import GenerationRequest
-from serve import tables
-from serve.tables import jobs
+from serve.store import tables
+from serve.store.tables import jobs
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Stage = Literal["text", "encode", "denoise", "decode"]

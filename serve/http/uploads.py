@@ -17,8 +17,8 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 
 from pusa_dist.errors import RequestError
-from serve.errors import ServeError
-from serve.schemas import PusaBody, unknown_field
+from serve.http.errors import ServeError
+from serve.http.schemas import PusaBody, unknown_field
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 MAX_PARTS = 1000

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pusa_dist.errors import RequestError
 from pusa_dist.request import ConditioningParams, Fit, RequestParams
-from serve.jobs import Priority
+from serve.store.jobs import Priority
 
 MAX_NAME_SHOWN = 80
 

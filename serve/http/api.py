@@ -2,10 +2,10 @@
 
 from fastapi import FastAPI
 
-from serve.errors import install_error_handlers
-from serve.gateway import Gateway
-from serve.middleware import Authentication, BodyLimit, RequestIds
-from serve.routes import router
+from serve.http.errors import install_error_handlers
+from serve.http.gateway import Gateway
+from serve.http.middleware import Authentication, BodyLimit, RequestIds
+from serve.http.routes import router
 
 
 def create_api(gateway: Gateway) -> FastAPI:

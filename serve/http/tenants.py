@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pusa_dist.errors import ConfigError
-from serve.errors import unauthenticated
+from serve.http.errors import unauthenticated
 
 LOCAL = "local"
 MAX_NAME_LENGTH = 128

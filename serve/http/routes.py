@@ -11,13 +11,13 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.content import Variant, content_response, finished_artifact
-from serve.errors import ErrorBody, ServeError
-from serve.gateway import Gateway
-from serve.jobs import JOB_ID_PATTERN, Job
-from serve.repeats import Origin
-from serve.uploads import IncomingBody, read_body
-from serve.views import Model, ModelList, Video, VideoDeleted, VideoList, model_view, page_view, video_view
+from serve.http.content import Variant, content_response, finished_artifact
+from serve.http.errors import ErrorBody, ServeError
+from serve.http.gateway import Gateway
+from serve.http.repeats import Origin
+from serve.http.uploads import IncomingBody, read_body
+from serve.http.views import Model, ModelList, Video, VideoDeleted, VideoList, model_view, page_view, video_view
+from serve.store.jobs import JOB_ID_PATTERN, Job
 
 router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
 

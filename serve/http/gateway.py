@@ -16,16 +16,16 @@ from pusa_dist.errors import RequestError
 from pusa_dist.media.probe import probe
 from pusa_dist.request import GenerationRequest, MediaInfo, RequestParams, check_request, resolve_request
 from pusa_dist.tokenizer import count_tokens, load_tokenizer
-from serve.artifacts import ArtifactStore, input_key, job_prefix
 from serve.config import ServeConfig
-from serve.content import finished_artifact
-from serve.errors import ServeError, video_not_found
-from serve.extension import extend_clip
-from serve.jobs import JOB_ID_PATTERN, DuplicateKeyError, Job, JobStore, Priority, StoredInput, new_job_id
-from serve.repeats import Origin
-from serve.schemas import VideoBody
-from serve.tenants import Tenants
-from serve.uploads import IncomingBody, Upload, VideoReference
+from serve.http.content import finished_artifact
+from serve.http.errors import ServeError, video_not_found
+from serve.http.extension import extend_clip
+from serve.http.repeats import Origin
+from serve.http.schemas import VideoBody
+from serve.http.tenants import Tenants
+from serve.http.uploads import IncomingBody, Upload, VideoReference
+from serve.store.artifacts import ArtifactStore, input_key, job_prefix
+from serve.store.jobs import JOB_ID_PATTERN, DuplicateKeyError, Job, JobStore, Priority, StoredInput, new_job_id
 
 logger = logging.getLogger(__name__)
 

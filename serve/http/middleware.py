@@ -9,8 +9,8 @@ import secrets
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ServeError, body_too_large, error_response
-from serve.tenants import Tenants
+from serve.http.errors import ServeError, body_too_large, error_response
+from serve.http.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 

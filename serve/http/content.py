@@ -7,9 +7,9 @@ from typing import Literal
 
 from fastapi.responses import RedirectResponse, Response, StreamingResponse
 
-from serve.artifacts import ArtifactStore
-from serve.errors import ServeError
-from serve.jobs import Artifact, Job
+from serve.http.errors import ServeError
+from serve.store.artifacts import ArtifactStore
+from serve.store.jobs import Artifact, Job
 
 Variant = Literal["video", "thumbnail", "spritesheet", "frames"]
 

@@ -1,0 +1,1 @@
+"""What survives a restart: jobs in SQL, inputs and results in the artifact store."""
