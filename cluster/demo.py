@@ -119,7 +119,17 @@ def _clip(name: str, photo: Image.Image, moments: Sequence[float]) -> Input:
         for view in views:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(view), format="rgb24")))
         container.mux(stream.encode(None))
-    return Input(name, buffer.getvalue(), "video/mp4", views[-1] if moments[0] < moments[-1] else views[0])
+    return Input(name, buffer.getvalue(), "video/mp4", _strip([views[0], views[len(views) // 2], views[-1]]))
+
+
+def _strip(views: Sequence[Image.Image]) -> Image.Image:
+    """A clip as one picture: the middle of each of its moments, side by side."""
+    width, height = views[0].width // len(views), views[0].height
+    strip = Image.new("RGB", (width * len(views), height))
+    for i, view in enumerate(views):
+        left = (view.width - width) // 2
+        strip.paste(view.crop((left, 0, left + width, height)), (i * width, 0))
+    return strip
 
 
 def run(task: Task, client: httpx.Client, folder: Path) -> Outcome:
