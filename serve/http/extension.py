@@ -1,7 +1,7 @@
 """Extending a clip is ordinary conditioning: its last latent frames become the first of a new video.
 
-Pusa was trained to continue from up to four given frames; the nearer a frame is to the new ones, the
-more freedom it gets, so that the seam does not show.
+The number of given latents and their multipliers are those of Pusa's own extension example: the nearer
+a frame is to the new ones, the more freedom it gets, so that the seam does not show.
 """
 
 from dataclasses import replace

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import ray
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve as ray_serve
 
 from pusa_dist.worker import WorkerOptions
@@ -182,6 +183,32 @@ def test_many_clients_are_served_while_jobs_run(client):
     for thread in threads:
         thread.join()
     assert {video["id"] for video in ended} == set(jobs)
+
+
+def test_prometheus_sees_jobs_stages_steps_and_the_queue(client):
+    completed(client, create(client, num_inference_steps=2, num_frames=5))
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    wanted = {
+        ("ray_video_jobs_total", "outcome", "completed"),
+        ("ray_video_stage_seconds_count", "stage", "denoise"),
+        ("ray_video_step_seconds_count", "max_tokens", "128"),
+        ("ray_video_queue_depth", "status", "queued"),
+        ("ray_video_job_seconds_count", "outcome", "completed"),
+    }
+    deadline = time.monotonic() + 40  # Ray reports every ten seconds
+    while missing := wanted - seen_by_prometheus(url):
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.5)
+
+
+def seen_by_prometheus(url):
+    families = text_string_to_metric_families(httpx.get(url).raise_for_status().text)
+    return {
+        (sample.name, label, value)
+        for family in families
+        for sample in family.samples
+        for label, value in sample.labels.items()
+    }
 
 
 def assert_gone(pids):
