@@ -83,6 +83,7 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
     # A short path: the sockets in it may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(
+            address="local",  # never join a cluster that happens to run on this machine
             num_cpus=max(_MIN_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             logging_level=logging.WARNING,
