@@ -55,6 +55,8 @@ class _Attempt:
     seconds: dict[str, float] = field(default_factory=dict)
     stop: Literal["cancelled", "stale"] | None = None
     """Why it is being stopped: its owner asked, or another attempt has taken over."""
+    is_over: bool = False
+    """Its stages have ended; what is left is to write how, and no request to stop may interrupt that."""
     task: "asyncio.Task[None] | None" = None
 
 
@@ -99,9 +101,14 @@ class Dispatcher:
         self._attempts: dict[str, _Attempt] = {}
         self._database = ThreadPoolExecutor(1, "database")
         self._is_closing = False
+        self._looping = asyncio.Lock()
 
     async def run(self) -> None:
         """Take and drive jobs until ``close``; a store that cannot be reached is retried for ever."""
+        async with self._looping:
+            await self._loop()
+
+    async def _loop(self) -> None:
         next_lease = next_depth = 0.0
         while not self._is_closing:
             try:
@@ -120,6 +127,11 @@ class Dispatcher:
     async def close(self) -> None:
         """Stop, and give every job in hand back to the queue."""
         self._is_closing = True
+        async with self._looping:  # the loop has ended: no job is taken any more
+            await self._give_back()
+        self._database.shutdown()
+
+    async def _give_back(self) -> None:
         attempts = list(self._attempts.values())
         for attempt in attempts:
             if attempt.task is not None:
@@ -127,10 +139,10 @@ class Dispatcher:
         await asyncio.gather(*(one.task for one in attempts if one.task is not None), return_exceptions=True)
         for attempt in attempts:
             await self._db(self._store.requeue, attempt.job.id, attempt.job.attempt, False)
-        self._database.shutdown()
 
     async def _keep_leases(self) -> None:
-        await self._db(self._store.renew, self._owner, self._lease_s)
+        # Only what is in hand: a job whose end could not be written has nobody who drives it.
+        await self._db(self._store.renew, self._owner, list(self._attempts), self._lease_s)
         for job_id in await self._db(self._store.requeue_expired, self._clock()):
             logger.warning("job %s: the lease of its dispatcher ran out; queued again", job_id)
             self._metrics.requeued("lease_expired")
@@ -159,7 +171,7 @@ class Dispatcher:
                 attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
 
     async def _report(self, attempt: _Attempt) -> None:
-        if attempt.is_reported or attempt.stop is not None:
+        if attempt.is_reported or attempt.is_over or attempt.stop is not None:
             return
         attempt.is_reported = True
         job = attempt.job
@@ -169,7 +181,7 @@ class Dispatcher:
             self._stop(attempt, "stale")
 
     def _stop(self, attempt: _Attempt | None, why: Literal["cancelled", "stale"]) -> None:
-        if attempt is not None and attempt.stop is None and attempt.task is not None:
+        if attempt is not None and attempt.stop is None and not attempt.is_over and attempt.task is not None:
             attempt.stop = why
             attempt.task.cancel()
 
@@ -193,7 +205,10 @@ class Dispatcher:
         deadline = asyncio.timeout(max(0.0, job.created_at + self._job_deadline_s - self._clock()))
         try:
             async with deadline:
-                results = await self._run_stages(attempt)
+                try:
+                    results = await self._run_stages(attempt)
+                finally:
+                    attempt.is_over = True
         except asyncio.CancelledError:
             if attempt.stop is None:  # the dispatcher is closing
                 raise

@@ -216,9 +216,9 @@ class JobStore:
                 return None
             return _from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).one())
 
-    def renew(self, owner: str, lease_s: float) -> None:
-        """Extend every lease the owner holds."""
-        held = and_(jobs.c.owner == owner, jobs.c.status == "in_progress")
+    def renew(self, owner: str, job_ids: Collection[str], lease_s: float) -> None:
+        """Extend the owner's leases of these jobs; what else it claimed runs out, and is queued again."""
+        held = and_(jobs.c.owner == owner, jobs.c.id.in_(list(job_ids)), jobs.c.status == "in_progress")
         with self._engine.begin() as connection:
             connection.execute(update(jobs).where(held).values(lease_until=self._clock() + lease_s))
 

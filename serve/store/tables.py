@@ -71,14 +71,17 @@ jobs = Table(
 
 
 def open_database(url: str, synchronous: str) -> Engine:
-    """Connect to ``url``; on SQLite commits wait for the disk as ``synchronous`` says (NORMAL, FULL)."""
+    """Connect to ``url``; on SQLite commits wait for the disk as ``synchronous`` says (NORMAL, FULL).
+
+    Errors do not show the values of a statement: prompts are among them.
+    """
     address = make_url(url)
     if address.get_backend_name() != "sqlite":
-        return create_engine(address, pool_pre_ping=True)
+        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
     if address.database is None:
         raise ConfigError(f"database_url={url} is in memory and would lose every job; name a file")
     Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:

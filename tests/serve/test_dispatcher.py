@@ -1,6 +1,7 @@
 """The dispatcher on a real job store; the rest of the cluster is a stand-in that obeys the same contract."""
 
 import asyncio
+import threading
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -368,3 +369,59 @@ def test_an_attempt_that_was_taken_over_publishes_nothing(world):
 
     run(scenario)
     assert (world.job("j").status, world.metrics.outcomes) == ("in_progress", [])
+
+
+def test_a_job_whose_end_could_not_be_written_is_tried_again(world, monkeypatch):
+    world.add("j")
+    complete, outages = world.store.complete, [OSError("the store is gone")]
+
+    def complete_after_outage(*arguments):
+        if outages:
+            raise outages.pop()
+        return complete(*arguments)
+
+    async def scenario():
+        monkeypatch.setattr(world.store, "complete", complete_after_outage)
+        async with world.dispatcher(lease_s=0.5):
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 2)
+
+
+def test_a_cancellation_that_comes_while_the_end_is_written_does_not_interrupt_it(world, monkeypatch):
+    world.add("j")
+    complete = world.store.complete
+
+    async def scenario():
+        def complete_slowly(*arguments):
+            loop.call_soon_threadsafe(dispatcher._stop, dispatcher._attempts["j"], "cancelled")
+            time.sleep(0.2)
+            return complete(*arguments)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(world.store, "complete", complete_slowly)
+        async with world.dispatcher() as dispatcher:
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.metrics.outcomes) == ("completed", ["completed"])
+
+
+def test_a_job_claimed_while_the_dispatcher_stops_is_given_back(world, monkeypatch):
+    world.add("j")
+    claim, is_claiming = world.store.claim, threading.Event()
+
+    def claim_slowly(*arguments):
+        is_claiming.set()
+        time.sleep(0.3)
+        return claim(*arguments)
+
+    async def scenario():
+        monkeypatch.setattr(world.store, "claim", claim_slowly)
+        world.stages.gate.clear()
+        async with world.dispatcher():
+            await world.until(is_claiming.is_set)
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("queued", 1)

@@ -131,8 +131,9 @@ def test_an_idempotency_key_is_used_once_a_tenant(store: JobStore) -> None:
     first = replace(new_job("a"), idempotency_key="k", fingerprint="f")
     store.create(first)
     store.create(replace(new_job("b"), idempotency_key="k"))
-    with pytest.raises(DuplicateKeyError):
+    with pytest.raises(DuplicateKeyError) as caught:
         store.create(replace(new_job("a"), idempotency_key="k"))
+    assert "a cat" not in str(caught.value.__cause__), "errors are logged, and prompts must not be"
     assert store.find_by_key("a", "k") == first
     assert store.find_by_key("a", "other") is None
 
@@ -212,12 +213,12 @@ def test_an_ended_job_stays_ended(store: JobStore, end: str) -> None:
 
 
 def test_a_renewed_lease_does_not_expire(store: JobStore, clock: Clock) -> None:
-    mine, other = claimed(store, owner="me"), claimed(store, owner="other")
+    mine, other, forgotten = (claimed(store, owner=owner) for owner in ("me", "other", "me"))
     clock.now += LEASE_S - 1
-    store.renew("me", LEASE_S)
+    store.renew("me", [mine.id, other.id], LEASE_S)
     clock.now += 2
-    assert store.expired(clock.now) == [other.id]
-    assert store.requeue_expired(clock.now) == [other.id]
+    assert set(store.expired(clock.now)) == {other.id, forgotten.id}
+    assert set(store.requeue_expired(clock.now)) == {other.id, forgotten.id}
     assert store.progress(mine.id, 1, "text", 0, 4)
 
 
