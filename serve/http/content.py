@@ -62,7 +62,7 @@ def parse_range(header: str | None, size: int) -> ByteRange | None:
     Raises:
         ServeError: 416, the range lies outside the file.
     """
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", (header or "").replace(" ", ""), re.ASCII)
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", (header or "").replace(" ", ""), re.ASCII)
     if match is None or match.groups() == ("", ""):
         return None
     first, last = match.groups()

@@ -74,13 +74,19 @@ class ErrorBody(BaseModel):
 def error_response(error: ServeError) -> JSONResponse:
     """The answer for an error; tells the stock client not to retry where that is pointless."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    body = ErrorBody(error=ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
+    param = None if error.param is None else _encodable(error.param)
+    body = ErrorBody(error=ErrorDetail(message=_encodable(error.message), type=kind, param=param, code=error.code))
     headers = {}
     if error.status < 500:  # the client would retry 408, 409 and 429 by itself; asking again changes nothing
         headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(body.model_dump(), error.status, headers)
+
+
+def _encodable(text: str) -> str:
+    """Names come from the body, and JSON can spell half a surrogate pair, which no answer can hold."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def install_error_handlers(app: FastAPI) -> None:

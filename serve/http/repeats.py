@@ -44,7 +44,7 @@ class Origin:
                 "invalid_idempotency_key",
             )
         retries = headers.get("x-stainless-retry-count", "0")
-        return cls(_fingerprint(route, body), key, retries.isdecimal() and int(retries) > 0)
+        return cls(_fingerprint(route, body), key, retries.strip("0").isdecimal())
 
     def earlier_job(self, store: JobStore, tenant: str, now: float) -> Job | None:
         """The job this request has already made, if it has.
@@ -69,5 +69,7 @@ def _fingerprint(route: str, body: IncomingBody) -> str:
     """Digest of the parsed request: the multipart boundary changes with every retry, this does not."""
     digest = hashlib.sha256(json.dumps([route, body.fields], sort_keys=True).encode())
     for one in body.media:
-        digest.update(hashlib.sha256(one.data if isinstance(one, Upload) else one.id.encode()).digest())
+        digest.update(
+            hashlib.sha256(one.data if isinstance(one, Upload) else one.id.encode(errors="surrogatepass")).digest()
+        )
     return digest.hexdigest()

@@ -132,9 +132,8 @@ class VideoBody(Closed):
 
 def _explain(error: ErrorDetails) -> RequestError:
     """A pydantic error as a sentence about a field of the public API."""
-    # A union adds the names of its members behind the field; they mean nothing to a user.
-    loc = tuple(part for part in error["loc"] if isinstance(part, int) or part.isidentifier())
-    if error["loc"][:2] == ("pusa", "lora_alpha"):
+    loc = error["loc"]
+    if loc[:2] == ("pusa", "lora_alpha"):  # a union adds the names of its members; they mean nothing to a user
         loc = loc[:2]
     param = param_name(loc)
     message = f"{param}={_shortened(error['input'])}: {error['msg']}"

@@ -127,7 +127,7 @@ async def _from_form(form: FormData, media_field: str) -> IncomingBody:
         else:
             fields[name] = value
     if "pusa" in fields:
-        fields["pusa"] = parse_json(fields["pusa"], "pusa")
+        fields["pusa"] = await asyncio.to_thread(parse_json, fields["pusa"], "pusa")
     return IncomingBody(fields, tuple(media))
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.serve.api_support import VARIANTS, Service, mp4, open_service, png, pusa
 
 ABSENT = f"video_{'0' * 34}"
+JSON = {"content-type": "application/json"}
 VIDEO_KEYS = {
     "id",
     "object",
@@ -155,6 +156,7 @@ def test_every_variant_is_served_with_its_type(service: Service, variant: str) -
         ("bytes=-", 200, b"0123456789", None),
         ("bytes=0-1,3-4", 200, b"0123456789", None),
         ("lines=1-2", 200, b"0123456789", None),
+        (f"bytes={'9' * 5000}-", 200, b"0123456789", None),
     ],
 )
 def test_a_range_of_the_content_is_served(
@@ -352,6 +354,8 @@ def test_what_cannot_be_extended_is_refused(service: Service) -> None:
     image, clip = {"video": ("a", png())}, {"video": ("a", mp4())}
     assert refusal(json={"prompt": "on", "video": {"id": unfinished}}) == (409, "video_not_ready")
     assert refusal(json={"prompt": "on", "video": {"id": ABSENT}}) == (404, "video_not_found")
+    half_a_pair = {"content": r'{"prompt": "on", "video": {"id": "\ud800"}}', "headers": JSON}
+    assert refusal(**half_a_pair) == (404, "video_not_found")
     assert refusal(json={"prompt": "on"}) == (400, "one_video")
     assert refusal(data={"prompt": "on"}, files=image) == (400, "not_a_clip")
     assert refusal(data={"prompt": "on", "pusa": pusa(num_frames=1)}, files=clip) == (400, "too_short")
@@ -538,6 +542,7 @@ def test_peer_fault_10_a_retry_of_the_client_makes_no_second_job(service: Servic
     first = send("0")
     assert send("1") == first
     assert send("2") == first
+    assert send("9" * 5000) == first
     assert send("0") != first
     assert send("1", prompt="another") != first
 

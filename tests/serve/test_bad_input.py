@@ -47,6 +47,19 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     # fields
     "unknown field": (body(colour="red"), "unknown_field", "colour", "use prompt"),
     "field name of 100 kB": (body(**{"x" * 100_000: 1}), "unknown_field", "x" * 80, "use prompt"),
+    "unknown field that is no word": (form(**{"guidance-scale": "1"}), "unknown_field", "guidance-scale", "use prompt"),
+    "half a surrogate pair in a reference": (
+        raw(r'{"prompt": "x", "input_reference": {"\ud800": "x"}}'),
+        "unknown_field",
+        r"input_reference.\ud800",
+        "use image_url",
+    ),
+    "half a surrogate pair in an expert": (
+        raw(r'{"prompt": "x", "pusa": {"lora_alpha": {"\ud800": 1}}}'),
+        "unknown_expert",
+        "pusa.lora_alpha",
+        "main",
+    ),
     "misspelt prompt": (raw('{"promt": "x"}'), "unknown_field", "promt", "'prompt'"),
     "misspelt pusa field": (body(pusa={"num_inference_step": 4}), "unknown_field", "pusa.num_inference_step", "steps'"),
     "misspelt plain field": (body(guidance_scal=4), "unknown_field", "guidance_scal", "use prompt"),
