@@ -62,12 +62,7 @@ class GangMetrics:
             boundaries=_STEP_BUCKETS,
             tag_keys=("max_tokens",),
         )
-        self._lost = Counter("video_gangs_lost", description="Gangs given up: a dead rank or a missed deadline.")
 
     def step(self, num_tokens: int, seconds: float) -> None:
         """A step of that many tokens took that long; they are counted up to the next power of two."""
         self._step.observe(max(seconds, 1e-6), {"max_tokens": str(1 << max(num_tokens - 1, 0).bit_length())})
-
-    def gang_lost(self) -> None:
-        """The gang was given up."""
-        self._lost.inc(1)

@@ -57,28 +57,34 @@ class Vae:
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
             with tempfile.TemporaryDirectory(prefix="vae-") as folder:
                 files = write_files(Path(folder), request, _checked(self._codec.decode(values), check))
-                return {
-                    variant: self._publish(f"{prefix}/{path.name}", path, mime)
-                    for variant, (path, mime) in files.items()
-                }
+                published = {}
+                for variant, (path, mime) in files.items():
+                    check()
+                    published[variant] = self._publish(f"{prefix}/{path.name}", path, mime)
+                return published
 
-        return await self._in_thread(work)
+        # Whoever stops an attempt removes its files, but the thread may write one more after that.
+        return await self._in_thread(work, undo=lambda: self._artifacts.delete(prefix))
 
     def _publish(self, key: str, path: Path, content_type: str) -> Artifact:
         self._artifacts.put_file(key, path)
         return Artifact(key=key, content_type=content_type, num_bytes=path.stat().st_size)
 
-    async def _in_thread(self, work: Callable[[Callable[[], None]], T]) -> T:
+    async def _in_thread(self, work: Callable[[Callable[[], None]], T], undo: Callable[[], None] | None = None) -> T:
         stopped = threading.Event()
 
         def check() -> None:
             if stopped.is_set():
                 raise Cancelled("the caller asked for the work to stop")
 
+        working = self._threads.submit(work, check)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work, check)
-        finally:
-            stopped.set()  # after a cancellation the thread goes on: it stops at its next check
+            return await asyncio.wrap_future(working)
+        except asyncio.CancelledError:
+            stopped.set()  # the thread goes on: it stops at its next check
+            if undo is not None:
+                working.add_done_callback(lambda _: undo())
+            raise
 
 
 def write_files(folder: Path, request: GenerationRequest, chunks: Iterator[Frame]) -> dict[str, tuple[Path, str]]:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from pusa_dist.errors import RequestError
@@ -56,6 +57,11 @@ def body_too_large(limit: int) -> ServeError:
     )
 
 
+def storage_unavailable() -> ServeError:
+    """503: the disk is full, or the database or the bucket does not answer."""
+    return ServeError(503, "storage_unavailable", "jobs cannot be stored or read at the moment; try again later")
+
+
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
@@ -95,6 +101,11 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ServeError)
     async def _ours(_: Request, error: ServeError) -> JSONResponse:
         return error_response(error)
+
+    @app.exception_handler(OperationalError)
+    async def _database(request: Request, error: OperationalError) -> JSONResponse:
+        logger.error("%s %s: the database failed: %s", request.method, request.url.path, error)
+        return error_response(storage_unavailable())
 
     @app.exception_handler(RequestError)
     async def _engine(_: Request, error: RequestError) -> JSONResponse:

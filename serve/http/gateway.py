@@ -18,7 +18,7 @@ from pusa_dist.request import GenerationRequest, MediaInfo, RequestParams, check
 from pusa_dist.tokenizer import count_tokens, load_tokenizer
 from serve.config import ServeConfig
 from serve.http.content import finished_artifact
-from serve.http.errors import ServeError, video_not_found
+from serve.http.errors import ServeError, storage_unavailable, video_not_found
 from serve.http.extension import extend_clip
 from serve.http.repeats import Origin
 from serve.http.schemas import VideoBody
@@ -203,6 +203,9 @@ class Gateway:
                 earlier = origin.earlier_job(self._store, job.tenant, job.created_at)
                 if earlier is not None:
                     return earlier
+            if isinstance(error, OSError):
+                logger.error("job %s of tenant %s could not be stored: %s", job.id, job.tenant, error)
+                raise storage_unavailable() from error
             raise
         logger.info("job %s of tenant %s accepted with %d inputs", job.id, job.tenant, len(job.inputs))
         return job

@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 
 from pusa_dist.errors import ConfigError
 
+_DELETE_ATTEMPTS = 5
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 
 
@@ -101,10 +102,17 @@ class ArtifactStore:
 
     def delete(self, prefix: str) -> None:
         """Remove an artifact, or every artifact below a prefix; nothing there is fine."""
-        try:
-            self._fs.rm(self._path(prefix), recursive=True)
-        except FileNotFoundError:
-            return
+        path = self._path(prefix)
+        for attempt in range(_DELETE_ATTEMPTS):
+            try:
+                self._fs.rm(path, recursive=True)
+            except FileNotFoundError:  # nothing there, or a writer renamed a file meanwhile
+                pass
+            except OSError:  # a writer added a file meanwhile
+                if attempt == _DELETE_ATTEMPTS - 1:
+                    raise
+            if not self._fs.exists(path):
+                return
 
     def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):

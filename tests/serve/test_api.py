@@ -1,5 +1,6 @@
 """The routes, without Ray: the video object, lists, content, cancelling, health, and what peers get wrong."""
 
+import errno
 import json
 import logging
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from tests.serve.api_support import VARIANTS, Service, mp4, open_service, png, pusa
 
@@ -442,8 +444,33 @@ def test_inputs_are_removed_when_the_job_cannot_be_written(service: Service, mon
 
     monkeypatch.setattr(service.gateway._store, "create", broken)
     answer = service.client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a", png())})
-    assert answer.status_code == 500
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_unavailable")
     assert service.stored_files() == []
+
+
+def test_an_upload_that_finds_the_disk_full_is_refused_and_leaves_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("serve.store.artifacts.os.fsync", full)
+    answer = service.client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a", png())})
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_unavailable")
+    assert (service.stored_files(), service.store.counts()) == ([], {})
+
+
+def test_a_database_that_does_not_answer_is_a_503_and_the_service_goes_on(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: Any) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.gateway._store, "page", locked)
+        answer = service.client.get("/v1/videos")
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_unavailable")
+    assert service.client.get("/v1/videos").status_code == 200
 
 
 # The faults of peers, as numbered in the contract; each is a test for us.

@@ -58,6 +58,21 @@ def test_deleting_a_prefix_removes_everything_below_and_nothing_beside(store: Ar
     store.delete(job_prefix("video_1"))
 
 
+def test_deleting_removes_what_a_writer_adds_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ArtifactStore(f"file://{tmp_path}")
+    store.put("jobs/a/1", b"x")
+    remove, errors = store._fs.rm, [OSError("directory not empty"), FileNotFoundError("renamed")]
+
+    def rm(path: str, recursive: bool) -> None:
+        if errors:
+            raise errors.pop()
+        remove(path, recursive=recursive)
+
+    monkeypatch.setattr(store._fs, "rm", rm)
+    store.delete("jobs/a")
+    assert not (tmp_path / "jobs/a").exists()
+
+
 def test_a_bucket_gives_a_link_that_works_without_credentials(bucket: str) -> None:
     store = ArtifactStore(bucket)
     store.put(KEY, b"0123456789")
