@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -70,7 +71,8 @@ def _application_args(path: Path) -> dict[str, Any]:
 
 def _serve(config: ServeConfig, host: str, port: int) -> int:
     stop = threading.Event()
-    Path(config.state_dir).mkdir(parents=True, exist_ok=True)
+    _make_folder(config.state_dir)
+    _check_port(host, port)
     started = time.perf_counter()
     _set_environment()
     import ray  # after the environment, which Ray reads when it is imported
@@ -115,6 +117,23 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             for end in stops:
                 end()
     return 0
+
+
+def _make_folder(state_dir: str) -> None:
+    try:
+        Path(state_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"state_dir={state_dir} cannot be made: {error}; choose another with --state") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    """Find out before Ray starts, which says so late and at length."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error}; choose another address with --host or --port"
+        ) from error
 
 
 def _on_signal(handler: Callable[[int, Any], None]) -> None:

@@ -95,6 +95,7 @@ def test_a_restart_loses_nothing_and_leaves_no_process(tmp_path, monkeypatch):
     [
         (["--model", "nonsense"], "model 'nonsense' is unknown; use one of debug"),
         (["--host", "0.0.0.0"], "http host 0.0.0.0 is reachable from the network, but no keys are configured"),
+        (["--state", "list.yaml"], "state_dir=list.yaml cannot be made"),
         (["--config", "no-such-file.yaml"], "configuration no-such-file.yaml cannot be read"),
         (["--config", "misspelt.yaml"], "denoiser.ulyses_degree: Extra inputs are not permitted"),
         (["--config", "degree.yaml"], "ulysses_degree=3 does not divide num_attention_heads=4; use one of 1, 2, 4"),

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import configs
 from pusa_dist.errors import ConfigError
+from serve.__main__ import main
 from serve.app import ROLES, application, build_app, require_loopback
 from serve.config import ServeConfig
 
@@ -90,6 +92,15 @@ def test_without_keys_only_loopback_is_served(host):
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", None])
 def test_loopback_needs_no_keys(host):
     require_loopback(ServeConfig(), host)
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--port", str(port), "--state", str(tmp_path / "state")]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in said
+    assert "choose another address with --host or --port" in said
 
 
 def test_the_roles_that_do_not_compute_import_no_torch():
