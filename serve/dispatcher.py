@@ -159,7 +159,9 @@ class Dispatcher:
     async def _take(self) -> None:
         queued = await self._db(self._store.queued, _QUEUE_PAGE)
         waiting = (Waiting(id=job.id, priority=job.priority, created_at=job.created_at) for job in queued)
-        for job_id in in_order(waiting):
+        # An overdue job ends as soon as it is claimed: more urgent ones must not keep it waiting for ever.
+        overdue = [job.id for job in queued if self._seconds_left(job) <= 0]
+        for job_id in dict.fromkeys([*overdue, *in_order(waiting)]):
             if len(self._attempts) >= self._window:
                 return
             # A job given back a moment ago is still ours until its attempt has ended here, too.
@@ -202,7 +204,7 @@ class Dispatcher:
     async def _outcome(self, attempt: _Attempt) -> str | None:
         """Run the job and write how it ended; None when it has not ended."""
         job = attempt.job
-        deadline = asyncio.timeout(max(0.0, job.created_at + self._job_deadline_s - self._clock()))
+        deadline = asyncio.timeout(max(0.0, self._seconds_left(job)))
         try:
             async with deadline:
                 try:
@@ -220,6 +222,9 @@ class Dispatcher:
             return await self._ended_by(attempt, error)
         finished = await self._db(self._store.complete, job.id, job.attempt, results, attempt.seconds)
         return "completed" if finished else await self._stopped(attempt)
+
+    def _seconds_left(self, job: Job) -> float:
+        return job.created_at + self._job_deadline_s - self._clock()
 
     async def _run_stages(self, attempt: _Attempt) -> dict[str, Artifact]:
         job, stages = attempt.job, self._stages

@@ -323,6 +323,19 @@ def test_a_job_past_its_deadline_is_failed_wherever_it_is(world):
     assert world.stages.num_denoising == 0
 
 
+def test_an_overdue_job_is_failed_though_more_urgent_ones_keep_coming(world):
+    world.add("old", priority="batch", created_at=time.time() - 3600)
+    world.add("urgent")
+
+    async def scenario():
+        world.stages.gate.clear()
+        async with world.dispatcher(window=1, job_deadline_s=60.0):
+            await world.ended("old")
+
+    run(scenario)
+    assert world.job("old").error_code == "deadline_exceeded"
+
+
 def test_a_dispatcher_that_stops_gives_its_jobs_back_at_once(world):
     world.add("j")
 
