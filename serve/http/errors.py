@@ -58,7 +58,7 @@ def body_too_large(limit: int) -> ServeError:
 
 
 def storage_unavailable() -> ServeError:
-    """503: the disk is full, or the database or the bucket does not answer."""
+    """503: the disk is full, or the database does not answer."""
     return ServeError(503, "storage_unavailable", "jobs cannot be stored or read at the moment; try again later")
 
 

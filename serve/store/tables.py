@@ -23,7 +23,7 @@ from sqlalchemy import (
     event,
     make_url,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from pusa_dist.errors import ConfigError
@@ -75,7 +75,12 @@ def open_database(url: str, synchronous: str) -> Engine:
 
     Errors do not show the values of a statement: prompts are among them.
     """
-    address = make_url(url)
+    try:
+        address = make_url(url)
+    except ArgumentError as error:  # not shown: it may hold a password
+        raise ConfigError(
+            "database_url is no SQLAlchemy URL; write it like postgresql+psycopg://user@host/name"
+        ) from error
     if address.get_backend_name() != "sqlite":
         return create_engine(address, pool_pre_ping=True, hide_parameters=True)
     if address.database is None:

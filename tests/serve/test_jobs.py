@@ -338,3 +338,9 @@ def test_many_stores_may_create_the_tables_at_once(tmp_path: Path) -> None:
 def test_a_database_in_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match="would lose every job"):
         JobStore("sqlite://")
+
+
+def test_a_database_url_that_cannot_be_read_is_refused_without_showing_it() -> None:
+    with pytest.raises(ConfigError, match=r"database_url is no SQLAlchemy URL; write it like") as caught:
+        JobStore("secret-password@host")
+    assert "secret" not in str(caught.value)
