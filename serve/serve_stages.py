@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -14,7 +14,8 @@ from serve.stages import Finished, GangUnavailableError, Progress, ReplicaLostEr
 from serve.store.jobs import Artifact, Job
 
 Handle = DeploymentHandle[Any]
-_LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError)
+# Cancelled, yet not by us (that would be asyncio's own error): the replica was stopped under the call.
+_LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnavailableError, TaskCancelledError)
 
 
 class ServeStages:

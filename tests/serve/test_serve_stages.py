@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError, TaskCancelledError
 
 from pusa_dist.errors import GangError, NumericsError
 from serve.serve_stages import ServeStages
@@ -52,8 +52,9 @@ async def drain(denoiser):
         ([task_error(GangUnavailableError("being replaced"))], GangUnavailableError),
         ([STEP, task_error(NumericsError("step 2"))], NumericsError),
         ([STEP, task_error(OwnerDiedError("00" * 28, "owner", ""))], ReplicaLostError),
+        ([STEP, TaskCancelledError()], ReplicaLostError),
     ],
-    ids=["gang lost", "coordinator died", "died before", "unavailable", "numerics", "tensor lost"],
+    ids=["gang lost", "coordinator died", "died before", "unavailable", "numerics", "tensor lost", "stopped"],
 )
 def test_a_failure_of_denoising_is_translated_once_and_the_call_cancelled(messages, expected):
     denoiser = FakeDenoiser(messages)
