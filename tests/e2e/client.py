@@ -5,8 +5,8 @@ import time
 import httpx
 
 
-def create(client: httpx.Client, prompt="a cat", **pusa):
-    response = client.post("/v1/videos", json={"prompt": prompt, "pusa": pusa})
+def create(client: httpx.Client, prompt="a cat", size="128x96", **pusa):
+    response = client.post("/v1/videos", json={"prompt": prompt, "size": size, "pusa": pusa})
     response.raise_for_status()
     return response.json()["id"]
 

@@ -95,13 +95,13 @@ def test_files_that_are_not_named_or_not_there_are_a_configuration_error(tmp_pat
     model = _model(tmp_path)
     for name in ("b.pth", "a.pth", "c.txt"):
         (tmp_path / name).touch()
-    assert files_of(model, "weights.vae", "*.pth", None) == [tmp_path / "a.pth", tmp_path / "b.pth"]
+    assert files_of(model, "weights.vae", "*.pth") == [tmp_path / "a.pth", tmp_path / "b.pth"]
     with pytest.raises(ConfigError, match=r"golden: weights\.vae names no file"):
-        files_of(model, "weights.vae", None, None)
+        files_of(model, "weights.vae", None)
     with pytest.raises(ConfigError, match=r"debug: weights\.vae names no file under a weights\.root"):
-        files_of(load_model_config("debug"), "weights.vae", "vae.pth", None)
-    with pytest.raises(ConfigError, match=r"no weights match 'model-\*\.pth' under '.*elsewhere'"):
-        files_of(model, "weights.vae", "model-*.pth", str(tmp_path / "elsewhere"))
+        files_of(load_model_config("debug"), "weights.vae", "vae.pth")
+    with pytest.raises(ConfigError, match=r"no weights match 'model-\*\.pth' under '.*'"):
+        files_of(model, "weights.vae", "model-*.pth")
 
 
 @pytest.mark.parametrize("wrapper", [None, "model_state", "state_dict"])
