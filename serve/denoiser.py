@@ -132,7 +132,7 @@ class Denoiser:
         for resident in [one for one in self._residents if one.is_gone]:
             self._residents.remove(resident)
             if resident.is_admitted:
-                await self._call("drop", resident.name)
+                await self._drop(resident)
 
     async def _admit_waiting(self) -> None:
         for resident in self._residents[: self._config.max_resident]:
@@ -142,7 +142,9 @@ class Denoiser:
             resident.is_admitted = True
             resident.messages.put_nowait(Progress(step=0, num_steps=resident.request.num_inference_steps, seconds=0.0))
             try:
-                await self._call("admit", resident.name, resident.request, *tensors)
+                # The ranks fetch the tensors first, maybe from other nodes.
+                patience_s = self._config.step_deadline_floor_s + self._config.first_step_allowance_s
+                await self._gang.call("admit", resident.name, resident.request, *tensors, deadline_s=patience_s)
             except GangError:
                 raise
             except PusaError as error:
@@ -182,10 +184,10 @@ class Denoiser:
     async def _give_up(self, resident: _Resident, error: PusaError) -> None:
         resident.messages.put_nowait(error)
         self._residents.remove(resident)
-        await self._call("drop", resident.name)
+        await self._drop(resident)
 
-    async def _call(self, method: str, *arguments: object) -> None:
-        await self._gang.call(method, *arguments, deadline_s=self._config.step_deadline_floor_s)
+    async def _drop(self, resident: _Resident) -> None:
+        await self._gang.call("drop", resident.name, deadline_s=self._config.step_deadline_floor_s)
 
     def _deadline(self, stepping: list[_Resident]) -> float:
         config = self._config

@@ -171,6 +171,7 @@ class Gang:
             done, late = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
             if late and _first_error(done) is not None:
                 if self._died(done):
+                    _abandon(late)
                     raise self.lose(f"a rank died in {what}")
                 _, late = await asyncio.wait(late, timeout=AGREEMENT_S)
         finally:

@@ -1,7 +1,7 @@
 """Stand-ins for ``pusa_dist.worker.Worker``: the same calls, numbers for tensors, faults on request.
 
 A request's prompt says what happens: ``nan``, ``nan-on-0`` (one rank only), ``bug``, ``sleep`` (asleep in
-the forward of step 2) or anything else (nothing).
+the forward of step 2), ``slow`` (healthy steps of SLOW_STEP_S) or anything else (nothing).
 """
 
 import os
@@ -13,6 +13,7 @@ from pusa_dist.errors import NumericsError
 from pusa_dist.worker import Worker
 
 STEP_S = 0.05
+SLOW_STEP_S = 2.5
 
 
 class FakeWorker:
@@ -34,7 +35,7 @@ class FakeWorker:
             raise ValueError("a bug")
         if request.prompt == "sleep" and done == 1 and self.rank == 1:
             time.sleep(3600)
-        time.sleep(STEP_S)
+        time.sleep(SLOW_STEP_S if request.prompt == "slow" else STEP_S)
         job[2] += 1
         return {job_id: job[2]}
 

@@ -167,6 +167,19 @@ def test_a_rank_asleep_in_its_forward_is_found_by_the_step_deadline(fresh):
     assert_gone(fresh.pids)
 
 
+def test_a_long_healthy_step_is_not_taken_for_a_hang():
+    config = DenoiserConfig(step_deadline_floor_s=20.0, ping_timeout_s=0.5)
+    assert config.ping_timeout_s + 1.0 < gang_workers.SLOW_STEP_S  # a ping in between would have gone unanswered
+    gang = Gang(config, gang_workers.FakeWorker, None)
+    gang.start()
+    try:
+        messages = asyncio.run(collect(denoise(Denoiser(config, gang), "slow", steps=1)))
+        assert isinstance(messages[-1], Finished)
+        assert gang.error is None
+    finally:
+        gang.kill()
+
+
 def test_a_stopped_idle_rank_is_found_by_its_silence(fresh):
     async def scenario():
         denoiser = Denoiser(CONFIG, fresh)
