@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 POLL_S = 0.1
 LEASE_S = 10.0
+REPLACEMENT_S = 3.0
 GANG_POLL_S = 0.5
 MAX_GANG_DEATHS = 2
 """A job that was on a gang this many times when it died is failed."""
@@ -72,6 +73,8 @@ class Dispatcher:
         precision: what the denoiser computes in, recorded with every job.
         job_deadline_s: a job not finished this long after it was created is failed.
         lease_s: another dispatcher takes over this long after this one has died.
+        replacement_s: how long a job waits after a process of it was lost, so that Ray Serve has noticed
+            and the next attempt does not go to the same dead replica.
         clock: Unix seconds.
     """
 
@@ -86,6 +89,7 @@ class Dispatcher:
         precision: str,
         job_deadline_s: float,
         lease_s: float = LEASE_S,
+        replacement_s: float = REPLACEMENT_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -96,6 +100,7 @@ class Dispatcher:
         self._precision = precision
         self._job_deadline_s = job_deadline_s
         self._lease_s = lease_s
+        self._replacement_s = replacement_s
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._attempts: dict[str, _Attempt] = {}
@@ -289,6 +294,7 @@ class Dispatcher:
             await self._again(job, "gang_lost", error, gang_died=True)
             return None
         if isinstance(error, ReplicaLostError) and job.attempt < MAX_ATTEMPTS:
+            await asyncio.sleep(self._replacement_s)
             await self._again(job, "replica_lost", error, gang_died=False)
             return None
         if isinstance(error, ReplicaLostError):

@@ -110,7 +110,7 @@ class World:
 
     @asynccontextmanager
     async def dispatcher(self, **options):
-        options = {"window": 3, "precision": "fp32", "job_deadline_s": 60.0, **options}
+        options = {"window": 3, "precision": "fp32", "job_deadline_s": 60.0, "replacement_s": 0.0, **options}
         dispatcher = Dispatcher(self.store, self.artifacts, self.stages, self.metrics, **options)
         running = asyncio.create_task(dispatcher.run())
         yield dispatcher
@@ -252,8 +252,10 @@ def test_a_lost_process_that_was_not_the_jobs_gang_does_not_count_against_it(wor
     async def scenario():
         error = ReplicaLostError("the VAE died")
         world.stages.faults["j", "decode"] = [error, error]
-        async with world.dispatcher():
+        began = time.monotonic()
+        async with world.dispatcher(replacement_s=0.3):
             await world.ended("j")
+        assert time.monotonic() - began > 2 * 0.3  # each time, its replacement had that long to appear
 
     run(scenario)
     assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 3, 0)
