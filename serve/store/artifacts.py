@@ -101,7 +101,11 @@ class ArtifactStore:
         return str(self._fs.sign(self._path(key), expiration=seconds, **extra))
 
     def delete(self, prefix: str) -> None:
-        """Remove an artifact, or every artifact below a prefix; nothing there is fine."""
+        """Remove an artifact, or every artifact below a prefix; nothing there is fine.
+
+        Raises:
+            OSError: the store cannot be reached, or something goes on writing there.
+        """
         path = self._path(prefix)
         for attempt in range(_DELETE_ATTEMPTS):
             try:
@@ -113,6 +117,7 @@ class ArtifactStore:
                     raise
             if not self._fs.exists(path):
                 return
+        raise OSError(f"{prefix} is being written to and could not be removed; try again")
 
     def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):
