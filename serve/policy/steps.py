@@ -1,7 +1,9 @@
-"""Which of the jobs a gang holds make the next step together."""
+"""Which of the jobs a gang holds make the next step together: what ``tick`` replaces."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from serve.policy.tick import Claim as Claim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
