@@ -201,6 +201,18 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
         raise FetchError("too_slow", "it took too long to arrive") from error
 
 
+def check_url(url: str) -> None:
+    """Refuse a URL that no call would reach, before anybody relies on it.
+
+    Raises:
+        FetchError: it is no https URL, or spells out an address that is not public.
+    """
+    host = _checked(url).host
+    is_literal = ":" in host or host.rpartition(".")[2].isdecimal()  # in whatever notation
+    if is_literal and not is_public(host):
+        raise FetchError("invalid_url", "it names an address that is not public")
+
+
 def _checked(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
