@@ -94,8 +94,12 @@ class ServeConfig(Settings):
     """SQLAlchemy URL; default SQLite under state_dir."""
     artifacts_url: str | None = None
     """fsspec URL; default a folder under state_dir."""
-    keys_file: str | None = None
-    """Mounted secret: one ``tenant key`` pair a line. None: everyone is tenant ``local``, loopback only."""
+    require_keys: bool = False
+    """Ask every request for an API key (``python -m serve keys``). False: all are tenant ``local``, on loopback only."""
+    moderation: str | None = None
+    """``package.module:function`` that is asked before a job is accepted and before a result is published."""
+    max_event_streams: int = Field(50, ge=1)
+    """Event streams of a tenant that a gateway keeps open at once."""
     job_deadline_s: float = Field(3600.0, gt=0)
     """A job not finished this long after it was created is failed."""
     result_ttl_s: float = Field(7 * 86400.0, gt=0)
