@@ -95,7 +95,7 @@ class ServeConfig(Settings):
     artifacts_url: str | None = None
     """fsspec URL; default a folder under state_dir."""
     require_keys: bool = False
-    """Ask every request for an API key (``python -m serve keys``). False: all are tenant ``local``, on loopback only."""
+    """Ask every request for an API key (``python -m serve keys``). False: all are tenant ``local``, loopback only."""
     moderation: str | None = None
     """``package.module:function`` that is asked before a job is accepted and before a result is published."""
     max_event_streams: int = Field(50, ge=1)
