@@ -170,10 +170,10 @@ def require_loopback(config: ServeConfig, host: str | None) -> None:
         config: of the application.
         host: where Ray Serve listens; None: nowhere.
     """
-    if config.keys_file is None and host is not None and host not in _LOOPBACK:
+    if not config.require_keys and host is not None and host not in _LOOPBACK:
         raise ConfigError(
-            f"http host {host} is reachable from the network, but no keys are configured; "
-            "set keys_file, or serve on 127.0.0.1"
+            f"http host {host} is reachable from the network, but no keys are asked for; "
+            "set require_keys and make some with 'python -m serve keys create', or serve on 127.0.0.1"
         )
 
 
