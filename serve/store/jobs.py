@@ -1,146 +1,114 @@
-"""Jobs as values, and the store that keeps them: the only thing gateways and dispatcher share.
+"""The job store, the only thing that gateways and dispatcher share; here, what a tenant sees and asks of it.
 
 A job is ``queued``, then ``in_progress`` under one *attempt* at a time, then ``completed``, ``failed``
-or ``cancelled`` for good. Whoever runs an attempt holds a lease; every write of an attempt is fenced
-by its number, so a runner that was thought dead can publish nothing after another has taken over.
+or ``cancelled`` for good.
 """
 
-import secrets
-import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Collection
+from dataclasses import asdict, fields
+from typing import Literal
 
-from sqlalchemy import ColumnElement, Row, and_, case, delete, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from pusa_dist.request import GenerationRequest
-from serve.store import tables
-from serve.store.tables import jobs
+from serve.policy.quota import Quota, Refusal, Use, check, day_of, minute_of
+from serve.store.attempts import Attempts
+from serve.store.audit import AuditLog
+from serve.store.deliveries import Deliveries, owe_delivery
+from serve.store.expiry import Expiry
+from serve.store.job import (
+    JOB_ID_PATTERN,
+    Artifact,
+    Job,
+    JobProgress,
+    Priority,
+    Stage,
+    Status,
+    StoredInput,
+    job_from_row,
+    new_job_id,
+)
+from serve.store.keys import Keys
+from serve.store.tables import jobs, request_counts, usage
+from serve.store.tenants import Tenants, UnknownTenantError, lock_tenant
+from serve.store.usage import UsageLedger, count, count_request
 
-Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-Stage = Literal["text", "encode", "denoise", "decode"]
-Priority = Literal["interactive", "batch"]
+__all__ = [
+    "JOB_ID_PATTERN",
+    "Artifact",
+    "DuplicateKeyError",
+    "Job",
+    "JobProgress",
+    "JobStore",
+    "Priority",
+    "QuotaExceededError",
+    "Stage",
+    "Status",
+    "StoredInput",
+    "UnknownTenantError",
+    "new_job_id",
+]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredInput:
-    """One uploaded image or clip, as kept in the artifact store."""
-
-    key: str
-    content_type: str
-    kind: Literal["image", "clip"]
-    width: int
-    height: int
-    num_frames: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Artifact:
-    """One file of a result."""
-
-    key: str
-    content_type: str
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One accepted video request and what became of it. Times are Unix seconds."""
-
-    id: str
-    tenant: str
-    model: str
-    revision: str
-    request: GenerationRequest
-    created_at: float
-    num_steps: int
-    precision: str | None = None
-    """Of the gang that ran it; None until one has."""
-    status: Status = "queued"
-    inputs: tuple[StoredInput, ...] = ()
-    priority: Priority = "interactive"
-    stage: Stage | None = None
-    step: int = 0
-    """Denoising steps done, 0..num_steps."""
-    started_at: float | None = None
-    completed_at: float | None = None
-    """When it ended, however it ended."""
-    expires_at: float | None = None
-    attempt: int = 0
-    """Attempts begun; the fencing number of the current one."""
-    gang_deaths: int = 0
-    cancel_requested: bool = False
-    error_code: str | None = None
-    error_message: str | None = None
-    results: Mapping[str, Artifact] = field(default_factory=dict)
-    """By content variant: video, thumbnail, spritesheet, frames."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time spent, by stage."""
-    fingerprint: str | None = None
-    """Digest of what was sent, to recognise a create that is sent again."""
-    idempotency_key: str | None = None
-    """What the sender called it; a tenant can use each once."""
-
-    @property
-    def is_final(self) -> bool:
-        """Whether its status can still change."""
-        return self.status not in ("queued", "in_progress")
-
-
-JOB_ID_PATTERN = r"^video_[0-9a-f]{34}$"
+_UNLIMITED = Quota()
 
 
 class DuplicateKeyError(Exception):
     """The tenant has a job of this idempotency key."""
 
 
-def new_job_id(created_at: float) -> str:
-    """An id that cannot be guessed; ids sort by age, so that one serves as a page's cursor."""
-    return f"video_{int(created_at * 1e6):014x}{secrets.token_hex(10)}"
+class QuotaExceededError(Exception):
+    """The tenant may not have this job, or not now; ``refusal`` says what to answer."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
 
 
-class JobStore:
-    """Jobs in a SQL database; safe to use from several threads, processes and machines.
+class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLog):
+    """Jobs, and all that is kept with them, in a SQL database.
 
-    Methods that take an ``attempt`` return False, and change nothing, when that attempt is no longer
-    the one in progress: it was cancelled, deleted, or its lease ran out and another took over.
+    Safe to use from several threads, processes and machines. What is not here is in the bases, one
+    concern each.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        self._engine = tables.open_database(url, synchronous="NORMAL")
-        # An acknowledged job must survive a power cut; progress need not.
-        self._durable = tables.open_database(url, synchronous="FULL")
-        self._clock = clock
+    def create(self, job: Job, quota: Quota = _UNLIMITED) -> None:
+        """Keep a new job, if the tenant may have it; when this returns it is on disk.
 
-    def create_tables(self) -> None:
-        """Create what is missing; every process that opens the store may call it."""
-        tables.create_tables(self._engine)
-
-    def close(self) -> None:
-        """Close every connection."""
-        self._engine.dispose()
-        self._durable.dispose()
-
-    # Gateway: what a tenant sees and asks.
-
-    def create(self, job: Job) -> None:
-        """Keep a new job; when this returns it is on disk.
+        Jobs of a tenant are accepted one after the other, so that no two take the last place.
 
         Raises:
             DuplicateKeyError: another job of the tenant has its idempotency key.
+            QuotaExceededError: over quota; nothing was kept but that it was asked for.
+            UnknownTenantError: the tenant was erased.
         """
-        try:
-            with self._durable.begin() as connection:
-                connection.execute(insert(jobs).values(asdict(job)))
-        except IntegrityError as error:
-            raise DuplicateKeyError(job.idempotency_key) from error
+        now = self._clock()
+        with self._durable.begin() as connection:
+            lock_tenant(connection, job.tenant, now)
+            # Before the quota is looked at: a request that came twice is told of its job, not of a limit.
+            _refuse_repeat(connection, job)
+            refusal = None
+            if quota != _UNLIMITED:
+                use = _use(connection, job.tenant, now)
+                refusal = check(quota, use, cost=job.cost, num_tokens=job.request.num_tokens, now=now)
+            count_request(connection, job.tenant, now)
+            if refusal is None:
+                _insert(connection, job)
+                count(connection, job.tenant, now, requests=1)
+        if refusal is not None:
+            raise QuotaExceededError(refusal)
 
     def get(self, tenant: str, job_id: str) -> Job | None:
         """A tenant's job, or None: another tenant's job does not exist."""
         with self._engine.connect() as connection:
-            row = connection.execute(select(jobs).where(_owned(tenant, job_id))).one_or_none()
-        return None if row is None else _from_row(row)
+            row = connection.execute(select(jobs).where(_owned(tenant, job_id))).mappings().one_or_none()
+        return None if row is None else job_from_row(row)
+
+    def progress_of(self, job_ids: Collection[str]) -> dict[str, JobProgress]:
+        """How far these jobs are, by id; those that do not exist (any more) are left out."""
+        columns = [jobs.c[item.name] for item in fields(JobProgress)]
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(list(job_ids)))).mappings()
+            return {row["id"]: JobProgress(**row) for row in rows}
 
     def find_by_key(self, tenant: str, idempotency_key: str) -> Job | None:
         """The tenant's job of this idempotency key."""
@@ -160,8 +128,8 @@ class JobStore:
             query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
         by_age = jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(by_age).limit(limit + 1)).all()
-        return [_from_row(row) for row in rows[:limit]], len(rows) > limit
+            rows = connection.execute(query.order_by(by_age).limit(limit + 1)).mappings().all()
+        return [job_from_row(row) for row in rows[:limit]], len(rows) > limit
 
     def delete(self, tenant: str, job_id: str) -> Job | None:
         """Forget a job; one in progress is thereby cancelled. Its artifacts are the caller's to delete."""
@@ -174,9 +142,12 @@ class JobStore:
         """Cancel a queued job at once; ask for one in progress; leave a finished one as it is."""
         cancel_now = and_(_owned(tenant, job_id), jobs.c.status == "queued")
         cancel_soon = and_(_owned(tenant, job_id), jobs.c.status == "in_progress")
+        now = self._clock()
         with self._durable.begin() as connection:
-            now = {"status": "cancelled", "completed_at": self._clock(), "cancel_requested": True}
-            if connection.execute(update(jobs).where(cancel_now).values(now)).rowcount == 0:
+            ended = {"status": "cancelled", "completed_at": now, "cancel_requested": True}
+            if connection.execute(update(jobs).where(cancel_now).values(ended)).rowcount == 1:
+                owe_delivery(connection, job_id, now)
+            else:
                 connection.execute(update(jobs).where(cancel_soon).values(cancel_requested=True))
         return self.get(tenant, job_id)
 
@@ -192,129 +163,44 @@ class JobStore:
             rows = connection.execute(select(jobs.c.status, func.count().label("num")).group_by(jobs.c.status)).all()
         return {row.status: row.num for row in rows}
 
-    # Dispatcher: who runs what.
-
-    def queued(self, limit: int) -> list[Job]:
-        """The oldest queued jobs of every tenant."""
-        query = select(jobs).where(jobs.c.status == "queued").order_by(jobs.c.created_at, jobs.c.id).limit(limit)
-        with self._engine.connect() as connection:
-            return [_from_row(row) for row in connection.execute(query)]
-
-    def claim(self, job_id: str, owner: str, lease_s: float) -> Job | None:
-        """Begin the next attempt at a queued job; None when somebody else was faster."""
-        now = self._clock()
-        claimed = {
-            "status": "in_progress",
-            "attempt": jobs.c.attempt + 1,
-            "owner": owner,
-            "lease_until": now + lease_s,
-            "started_at": func.coalesce(jobs.c.started_at, now),
-        }
-        queued = and_(jobs.c.id == job_id, jobs.c.status == "queued")
-        with self._engine.begin() as connection:
-            if connection.execute(update(jobs).where(queued).values(claimed)).rowcount == 0:
-                return None
-            return _from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).one())
-
-    def renew(self, owner: str, job_ids: Collection[str], lease_s: float) -> None:
-        """Extend the owner's leases of these jobs; what else it claimed runs out, and is queued again."""
-        held = and_(jobs.c.owner == owner, jobs.c.id.in_(list(job_ids)), jobs.c.status == "in_progress")
-        with self._engine.begin() as connection:
-            connection.execute(update(jobs).where(held).values(lease_until=self._clock() + lease_s))
-
-    def expired(self, now: float) -> list[str]:
-        """Jobs in progress whose lease has run out."""
-        query = select(jobs.c.id).where(jobs.c.status == "in_progress", jobs.c.lease_until < now)
-        with self._engine.connect() as connection:
-            return list(connection.execute(query).scalars())
-
-    def requeue_expired(self, now: float) -> list[str]:
-        """Put jobs whose lease has run out back into the queue; returns those that this call moved."""
-        moved = []
-        for job_id in self.expired(now):
-            stale = and_(jobs.c.id == job_id, jobs.c.status == "in_progress", jobs.c.lease_until < now)
-            if self._release(stale, gang_died=False):
-                moved.append(job_id)
-        return moved
-
-    # Dispatcher: what an attempt reports.
-
-    def progress(self, job_id: str, attempt: int, stage: Stage, step: int, num_steps: int) -> bool:
-        """Where the attempt is."""
-        return self._report(job_id, attempt, stage=stage, step=step, num_steps=num_steps)
-
-    def complete(
-        self, job_id: str, attempt: int, results: Mapping[str, Artifact], seconds: Mapping[str, float]
-    ) -> bool:
-        """Publish the results; they are final."""
-        files = {variant: asdict(artifact) for variant, artifact in results.items()}
-        return self._end(job_id, attempt, "completed", stage=None, results=files, seconds=dict(seconds))
-
-    def fail(self, job_id: str, attempt: int, code: str, message: str) -> bool:
-        """Give the job up, with a reason its owner will read."""
-        return self._end(job_id, attempt, "failed", error_code=code, error_message=message)
-
-    def cancelled(self, job_id: str, attempt: int) -> bool:
-        """Confirm that the attempt has stopped because its owner asked."""
-        return self._end(job_id, attempt, "cancelled")
-
-    def requeue(self, job_id: str, attempt: int, gang_died: bool) -> bool:
-        """Give the attempt up and the job back to the queue (or end it, if its cancellation was asked)."""
-        return self._release(_in_progress(job_id, attempt), gang_died)
-
-    def record_precision(self, job_id: str, attempt: int, precision: str) -> bool:
-        """What the attempt computes in."""
-        return self._report(job_id, attempt, precision=precision)
-
-    def cancel_requests(self, job_ids: Collection[str]) -> set[str]:
-        """Which of these jobs must stop: their owner asked, or deleted them."""
-        wanted = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), jobs.c.cancel_requested.is_not(true()))
-        with self._engine.connect() as connection:
-            return set(job_ids) - set(connection.execute(wanted).scalars())
-
     def _newest(self, *conditions: ColumnElement[bool]) -> Job | None:
         query = select(jobs).where(*conditions).order_by(jobs.c.id.desc()).limit(1)
         with self._engine.connect() as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else _from_row(row)
-
-    def _report(self, job_id: str, attempt: int, **values: Any) -> bool:
-        with self._engine.begin() as connection:
-            result = connection.execute(update(jobs).where(_in_progress(job_id, attempt)).values(values))
-            return result.rowcount == 1
-
-    def _end(self, job_id: str, attempt: int, status: Status, **values: Any) -> bool:
-        ended = {"status": status, "completed_at": self._clock(), "owner": None, "lease_until": None, **values}
-        with self._durable.begin() as connection:
-            result = connection.execute(update(jobs).where(_in_progress(job_id, attempt)).values(ended))
-            return result.rowcount == 1
-
-    def _release(self, which: ColumnElement[bool], gang_died: bool) -> bool:
-        asked_to_stop = jobs.c.cancel_requested.is_(true())
-        released = {
-            "status": case((asked_to_stop, "cancelled"), else_="queued"),
-            "completed_at": case((asked_to_stop, self._clock()), else_=None),
-            "gang_deaths": jobs.c.gang_deaths + int(gang_died),
-            "stage": None,
-            "step": 0,
-            "owner": None,
-            "lease_until": None,
-        }
-        with self._durable.begin() as connection:
-            return connection.execute(update(jobs).where(which).values(released)).rowcount == 1
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else job_from_row(row)
 
 
 def _owned(tenant: str, job_id: str) -> ColumnElement[bool]:
     return and_(jobs.c.tenant == tenant, jobs.c.id == job_id)
 
 
-def _in_progress(job_id: str, attempt: int) -> ColumnElement[bool]:
-    return and_(jobs.c.id == job_id, jobs.c.attempt == attempt, jobs.c.status == "in_progress")
+def _refuse_repeat(connection: Connection, job: Job) -> None:
+    if job.idempotency_key is None:
+        return
+    same = and_(jobs.c.tenant == job.tenant, jobs.c.idempotency_key == job.idempotency_key)
+    if connection.execute(select(jobs.c.id).where(same)).first() is not None:
+        raise DuplicateKeyError(job.idempotency_key)
 
 
-def _from_row(row: Row[Any]) -> Job:
-    values = {item.name: getattr(row, item.name) for item in fields(Job)}
-    values["request"] = GenerationRequest.from_dict(values["request"])
-    values["inputs"] = tuple(StoredInput(**one) for one in values["inputs"])
-    values["results"] = {variant: Artifact(**one) for variant, one in values["results"].items()}
-    return Job(**values)
+def _insert(connection: Connection, job: Job) -> None:
+    try:
+        connection.execute(insert(jobs).values(asdict(job)))
+    except IntegrityError as error:  # by a process of the version before, which does not lock the tenant
+        raise DuplicateKeyError(job.idempotency_key) from error
+
+
+def _use(connection: Connection, tenant: str, now: float) -> Use:
+    requests = select(request_counts.c.requests).where(
+        request_counts.c.tenant == tenant, request_counts.c.minute == minute_of(now)
+    )
+    num_queued = select(func.count()).where(jobs.c.tenant == tenant, jobs.c.status == "queued")
+    share_left = 1.0 - 1.0 * jobs.c.step / jobs.c.num_steps
+    cost_left = select(func.sum(jobs.c.cost * share_left)).where(
+        jobs.c.tenant == tenant, jobs.c.status.in_(("queued", "in_progress"))
+    )
+    cost_today = select(usage.c.cost).where(usage.c.tenant == tenant, usage.c.day == day_of(now))
+    return Use(
+        requests=connection.execute(requests).scalar() or 0,
+        queued=connection.execute(num_queued).scalar_one(),
+        cost=(connection.execute(cost_today).scalar() or 0.0) + (connection.execute(cost_left).scalar() or 0.0),
+    )

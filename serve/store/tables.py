@@ -1,34 +1,10 @@
-"""The SQL schema and how a database is opened: the only file that knows SQLite from the rest.
+"""The SQL schema as the code of today reads it; ``migrations`` is how a database gets there.
 
-Everything here and in ``jobs.py`` is portable SQL: single-statement compare-and-swap, no RETURNING,
-no database clock. SQLite runs in WAL mode so that readers never wait for the writer.
+Columns that a later version added to an older table have server defaults: during a rolling upgrade
+processes of the version before still insert rows that lack them.
 """
 
-from pathlib import Path
-from typing import Any
-
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    Column,
-    Double,
-    Engine,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    make_url,
-)
-from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.schema import CreateIndex, CreateTable
-
-from pusa_dist.errors import ConfigError
-
-BUSY_TIMEOUT_S = 30
+from sqlalchemy import JSON, Boolean, Column, Double, Index, Integer, MetaData, String, Table, Text, false
 
 metadata = MetaData()
 
@@ -63,58 +39,111 @@ jobs = Table(
     # Who runs the attempt, and until when without renewing: the dispatcher's alone, not part of Job.
     Column("owner", String(128)),
     Column("lease_until", Double),
+    Column("cost", Double, nullable=False, server_default="0"),
+    Column("checkpoint_key", String(255)),
+    Column("checkpoint_step", Integer),
+    Column("steps_run", Integer, nullable=False, server_default="0"),
+    Column("webhook_url", Text),
+    Column("preview_every", Integer, nullable=False, server_default="0"),
+    Column("preview_key", String(255)),
+    Column("preview_step", Integer),
+    # The files that its dead attempts left behind are gone: the sweeper's alone, not part of Job.
+    Column("is_swept", Boolean, nullable=False, default=False, server_default=false()),
     Index("jobs_by_tenant", "tenant", "id"),
     Index("jobs_by_fingerprint", "tenant", "fingerprint"),
     Index("jobs_by_idempotency_key", "tenant", "idempotency_key", unique=True),
     Index("jobs_by_status", "status", "created_at"),
+    Index("jobs_by_queue", "status", "model", "tenant", "priority", "created_at"),
+    Index("jobs_by_expiry", "expires_at"),
 )
 
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("weight", Double, nullable=False),
+    # Quotas: NULL is no limit.
+    Column("requests_per_minute", Integer),
+    Column("max_queued", Integer),
+    Column("max_running", Integer),
+    Column("cost_per_day", Double),
+    Column("max_tokens", Integer),
+    Column("webhook_secret", String(128), nullable=False),
+    Column("virtual_time", Double, nullable=False),
+    Column("created_at", Double, nullable=False),
+    # A name that was erased makes no jobs until somebody sets it up again.
+    Column("erased_at", Double),
+)
 
-def open_database(url: str, synchronous: str) -> Engine:
-    """Connect to ``url``; on SQLite commits wait for the disk as ``synchronous`` says (NORMAL, FULL).
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("label", String(255), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("revoked_at", Double),
+    Index("keys_by_digest", "digest", unique=True),
+    Index("keys_by_tenant", "tenant"),
+)
 
-    Errors do not show the values of a statement: prompts are among them.
-    """
-    try:
-        address = make_url(url)
-    except ArgumentError as error:  # not shown: it may hold a password
-        raise ConfigError(
-            "database_url is no SQLAlchemy URL; write it like postgresql+psycopg://user@host/name"
-        ) from error
-    if address.get_backend_name() != "sqlite":
-        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
-    if address.database is None:
-        raise ConfigError(f"database_url={url} is in memory and would lose every job; name a file")
-    Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
+usage = Table(
+    "usage",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("requests", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("cost", Double, nullable=False),
+    Column("video_seconds", Double, nullable=False),
+)
 
-    @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: object) -> None:
-        connection.execute(f"PRAGMA synchronous={synchronous}")
+request_counts = Table(
+    "request_counts",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("minute", Integer, primary_key=True, autoincrement=False),
+    Column("requests", Integer, nullable=False),
+)
 
-    return engine
+step_seconds = Table(
+    "step_seconds",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("num_tokens", Integer, primary_key=True, autoincrement=False),
+    Column("uses_guidance", Boolean, primary_key=True),
+    Column("seconds", Double, nullable=False),
+)
 
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job_id", String(64), nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Double, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("ended_at", Double),
+    Column("last_error", Text),
+    Index("deliveries_by_due", "state", "next_at"),
+    Index("deliveries_by_tenant", "tenant"),
+)
 
-def create_tables(engine: Engine, attempts: int = 20) -> None:
-    """Create what is missing; any number of processes may do this at once.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("actor", String(255), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("tenant", String(128)),
+    Column("detail", JSON, nullable=False),
+)
 
-    ``IF NOT EXISTS`` is not atomic between sessions (PostgreSQL: a unique violation in its catalogue;
-    SQLite: the switch to WAL does not wait for a busy database), so the loser of a race tries again.
-    """
-    for attempt in range(attempts):
-        try:
-            _create_tables_once(engine)
-            return
-        except DBAPIError:
-            if attempt == attempts - 1:
-                raise
-
-
-def _create_tables_once(engine: Engine) -> None:
-    if engine.dialect.name == "sqlite":
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    with engine.begin() as connection:
-        connection.execute(CreateTable(jobs, if_not_exists=True))
-        for index in sorted(jobs.indexes, key=lambda index: str(index.name)):
-            connection.execute(CreateIndex(index, if_not_exists=True))
+identity = Table("identity", metadata, Column("id", String(64), primary_key=True))
+"""One row that names this database for ever, so that nobody sweeps the artifacts of another."""

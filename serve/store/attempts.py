@@ -1,0 +1,195 @@
+"""Who runs what, and what an attempt reports: the dispatcher's side of the jobs.
+
+Whoever runs an attempt holds a lease; every write of an attempt is fenced by its number, so a runner that
+was thought dead can publish nothing after another has taken over.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, select, true, update
+
+from serve.store.database import Database
+from serve.store.deliveries import owe_delivery
+from serve.store.job import Artifact, Job, Stage, Status, job_from_row
+from serve.store.tables import jobs
+from serve.store.usage import count
+
+
+class Attempts(Database):
+    """Jobs on their way from queued to an end.
+
+    Methods that take an ``attempt`` return False, and change nothing, when that attempt is no longer
+    the one in progress: it was cancelled, deleted, or its lease ran out and another took over.
+    """
+
+    def queued(self, model: str, limit_per_tenant: int) -> list[Job]:
+        """The oldest queued jobs of every tenant and priority class, so that no long queue hides anybody's.
+
+        Args:
+            model: jobs of this model only.
+            limit_per_tenant: at most this many of each tenant's interactive, and of its batch jobs.
+
+        Returns:
+            Oldest first.
+        """
+        place = func.row_number().over(
+            partition_by=(jobs.c.tenant, jobs.c.priority), order_by=(jobs.c.created_at, jobs.c.id)
+        )
+        ranked = select(jobs.c.id, place.label("place")).where(jobs.c.status == "queued", jobs.c.model == model)
+        places = ranked.subquery()
+        query = select(jobs).join(places, jobs.c.id == places.c.id).where(places.c.place <= limit_per_tenant)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(jobs.c.created_at, jobs.c.id)).mappings()
+            return [job_from_row(row) for row in rows]
+
+    def claim(self, job_id: str, owner: str, lease_s: float) -> Job | None:
+        """Begin the next attempt at a queued job; None when somebody else was faster.
+
+        The attempt continues from the job's checkpoint, if it has one: ``step`` is the checkpoint's.
+        """
+        now = self._clock()
+        claimed = {
+            "status": "in_progress",
+            "attempt": jobs.c.attempt + 1,
+            "owner": owner,
+            "lease_until": now + lease_s,
+            "started_at": func.coalesce(jobs.c.started_at, now),
+        }
+        queued = and_(jobs.c.id == job_id, jobs.c.status == "queued")
+        with self._engine.begin() as connection:
+            if connection.execute(update(jobs).where(queued).values(claimed)).rowcount == 0:
+                return None
+            return job_from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one())
+
+    def renew(self, owner: str, job_ids: Collection[str], lease_s: float) -> None:
+        """Extend the owner's leases of these jobs; what else it claimed runs out, and is queued again."""
+        held = and_(jobs.c.owner == owner, jobs.c.id.in_(list(job_ids)), jobs.c.status == "in_progress")
+        with self._engine.begin() as connection:
+            connection.execute(update(jobs).where(held).values(lease_until=self._clock() + lease_s))
+
+    def expired(self, now: float) -> list[str]:
+        """Jobs in progress whose lease has run out."""
+        query = select(jobs.c.id).where(jobs.c.status == "in_progress", jobs.c.lease_until < now)
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    def requeue_expired(self, now: float) -> list[str]:
+        """Put jobs whose lease has run out back into the queue; returns those that this call moved."""
+        moved = []
+        for job_id in self.expired(now):
+            stale = and_(jobs.c.id == job_id, jobs.c.status == "in_progress", jobs.c.lease_until < now)
+            if self._release(job_id, stale, gang_died=False):
+                moved.append(job_id)
+        return moved
+
+    def requeue(self, job_id: str, attempt: int, gang_died: bool) -> bool:
+        """Give the attempt up and the job back to the queue (or end it, if its cancellation was asked).
+
+        Its checkpoint stays, and is where the next attempt begins.
+        """
+        return self._release(job_id, _in_progress(job_id, attempt), gang_died)
+
+    def progress(self, job_id: str, attempt: int, stage: Stage, step: int, num_steps: int) -> bool:
+        """Where the attempt is.
+
+        ``steps_run`` grows with ``step``, so an attempt that continues from a checkpoint must not report
+        fewer steps than are done in it.
+        """
+        more = case((jobs.c.step < step, step - jobs.c.step), else_=0)
+        return self._report(
+            job_id, attempt, stage=stage, step=step, num_steps=num_steps, steps_run=jobs.c.steps_run + more
+        )
+
+    def checkpoint(self, job_id: str, attempt: int, key: str, step: int) -> bool:
+        """Publish a checkpoint: from now on the next attempt begins there."""
+        return self._report(job_id, attempt, checkpoint_key=key, checkpoint_step=step)
+
+    def forget_checkpoint(self, job_id: str, attempt: int) -> bool:
+        """Withdraw a checkpoint that cannot be continued from: the attempt begins at the first step."""
+        return self._report(job_id, attempt, checkpoint_key=None, checkpoint_step=None, step=0)
+
+    def preview(self, job_id: str, attempt: int, step: int, key: str) -> bool:
+        """Publish a preview of what there is after ``step`` steps."""
+        return self._report(job_id, attempt, preview_step=step, preview_key=key)
+
+    def record_precision(self, job_id: str, attempt: int, precision: str) -> bool:
+        """What the attempt computes in."""
+        return self._report(job_id, attempt, precision=precision)
+
+    def complete(
+        self, job_id: str, attempt: int, results: Mapping[str, Artifact], seconds: Mapping[str, float]
+    ) -> bool:
+        """Publish the results; they are final."""
+        files = {variant: asdict(artifact) for variant, artifact in results.items()}
+        return self._end(
+            job_id,
+            attempt,
+            "completed",
+            stage=None,
+            results=files,
+            seconds=dict(seconds),
+            step=jobs.c.num_steps,
+            steps_run=jobs.c.steps_run + jobs.c.num_steps - jobs.c.step,
+        )
+
+    def fail(self, job_id: str, attempt: int, code: str, message: str) -> bool:
+        """Give the job up, with a reason its owner will read."""
+        return self._end(job_id, attempt, "failed", error_code=code, error_message=message)
+
+    def cancelled(self, job_id: str, attempt: int) -> bool:
+        """Confirm that the attempt has stopped because its owner asked."""
+        return self._end(job_id, attempt, "cancelled")
+
+    def cancel_requests(self, job_ids: Collection[str]) -> set[str]:
+        """Which of these jobs must stop: their owner asked, or deleted them."""
+        wanted = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), jobs.c.cancel_requested.is_not(true()))
+        with self._engine.connect() as connection:
+            return set(job_ids) - set(connection.execute(wanted).scalars())
+
+    def _report(self, job_id: str, attempt: int, **values: Any) -> bool:
+        with self._engine.begin() as connection:
+            result = connection.execute(update(jobs).where(_in_progress(job_id, attempt)).values(values))
+            return result.rowcount == 1
+
+    def _end(self, job_id: str, attempt: int, status: Status, **values: Any) -> bool:
+        now = self._clock()
+        ended = {"status": status, "completed_at": now, "owner": None, "lease_until": None, **values}
+        with self._durable.begin() as connection:
+            if connection.execute(update(jobs).where(_in_progress(job_id, attempt)).values(ended)).rowcount == 0:
+                return False
+            owe_delivery(connection, job_id, now)
+            if status == "completed":
+                _count_video(connection, job_id, now)
+        return True
+
+    def _release(self, job_id: str, which: ColumnElement[bool], gang_died: bool) -> bool:
+        now = self._clock()
+        asked_to_stop = jobs.c.cancel_requested.is_(true())
+        released = {
+            "status": case((asked_to_stop, "cancelled"), else_="queued"),
+            "completed_at": case((asked_to_stop, now), else_=None),
+            "gang_deaths": jobs.c.gang_deaths + int(gang_died),
+            "stage": None,
+            "step": func.coalesce(jobs.c.checkpoint_step, 0),
+            "owner": None,
+            "lease_until": None,
+        }
+        with self._durable.begin() as connection:
+            if connection.execute(update(jobs).where(which).values(released)).rowcount == 0:
+                return False
+            ended = select(literal(1)).where(jobs.c.id == job_id, jobs.c.status == "cancelled")
+            if connection.execute(ended).one_or_none() is not None:
+                owe_delivery(connection, job_id, now)
+        return True
+
+
+def _in_progress(job_id: str, attempt: int) -> ColumnElement[bool]:
+    return and_(jobs.c.id == job_id, jobs.c.attempt == attempt, jobs.c.status == "in_progress")
+
+
+def _count_video(connection: Connection, job_id: str, now: float) -> None:
+    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one()
+    job = job_from_row(row)
+    count(connection, job.tenant, now, completed=1, video_seconds=job.request.num_frames / job.request.fps)

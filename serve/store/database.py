@@ -1,0 +1,81 @@
+"""How a database is opened and written: the only file that knows SQLite from the rest.
+
+Everything else is portable SQL: single-statement compare-and-swap, no RETURNING, no database clock.
+SQLite runs in WAL mode so that readers never wait for the writer. Where a transaction locks several
+rows, it locks them in the order tenant, job, anything else: no two wait for each other.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError
+
+from pusa_dist.errors import ConfigError
+from serve.store.migrate import migrate
+
+BUSY_TIMEOUT_S = 30
+
+
+class Database:
+    """Connections to one database: what every part of the store stands on.
+
+    Args:
+        url: of SQLAlchemy.
+        clock: Unix seconds.
+
+    Raises:
+        ConfigError: the URL cannot be read, or names a database in memory.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        self._engine = open_database(url, synchronous="NORMAL")
+        # An acknowledged job must survive a power cut; progress need not.
+        self._durable = open_database(url, synchronous="FULL")
+        self._clock = clock
+
+    def create_tables(self) -> None:
+        """Create or upgrade the schema; every process that opens the store may call it, at any time.
+
+        Raises:
+            ConfigError: the database was written by a newer version.
+        """
+        migrate(self._engine)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+        self._durable.dispose()
+
+
+def open_database(url: str, synchronous: str) -> Engine:
+    """Connect to ``url``; on SQLite commits wait for the disk as ``synchronous`` says (NORMAL, FULL).
+
+    Errors do not show the values of a statement: prompts are among them.
+    """
+    try:
+        address = make_url(url)
+    except ArgumentError as error:  # not shown: it may hold a password
+        raise ConfigError(
+            "database_url is no SQLAlchemy URL; write it like postgresql+psycopg://user@host/name"
+        ) from error
+    if address.get_backend_name() != "sqlite":
+        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
+    if address.database is None:
+        raise ConfigError(f"database_url={url} is in memory and would lose every job; name a file")
+    Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: object) -> None:
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+
+    return engine
+
+
+def upsert(connection: Connection, table: Table) -> Any:
+    """An INSERT that has ``on_conflict_do_update`` and ``on_conflict_do_nothing``."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)

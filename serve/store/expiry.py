@@ -1,0 +1,87 @@
+"""What is to be forgotten: jobs past their time, leftovers of ended jobs, and tenants who leave.
+
+Files go before the row that names them: a removal that stops half way is found again by its row.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict
+
+from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+
+from serve.policy.quota import Quota
+from serve.store.audit import record
+from serve.store.database import Database
+from serve.store.job import Job, job_from_row
+from serve.store.tables import deliveries, identity, jobs, keys, request_counts, tenants, usage
+from serve.store.tenants import lock_tenant
+
+FINAL = ("completed", "failed", "cancelled")
+
+
+class Expiry(Database):
+    """What the sweeper and the command that erases a tenant ask of the database."""
+
+    def expired_jobs(self, now: float, limit: int) -> list[Job]:
+        """Ended jobs whose time is over, or whose tenant was erased; longest over first."""
+        erased = select(tenants.c.name).where(tenants.c.erased_at.is_not(None))
+        over = or_(jobs.c.expires_at < now, jobs.c.tenant.in_(erased))
+        return self._jobs(and_(jobs.c.status.in_(FINAL), over), jobs.c.expires_at, limit)
+
+    def unswept_jobs(self, ended_before: float, limit: int) -> list[Job]:
+        """Ended jobs whose dead attempts' files nobody has removed yet."""
+        unswept = and_(jobs.c.status.in_(FINAL), jobs.c.is_swept.is_(False), jobs.c.completed_at < ended_before)
+        return self._jobs(unswept, jobs.c.completed_at, limit)
+
+    def mark_swept(self, job_id: str) -> None:
+        """Only what the job publishes is left of its files."""
+        with self._engine.begin() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_swept=True, checkpoint_key=None))
+
+    def forget(self, job_id: str) -> bool:
+        """Remove the row of an ended job; its files are gone already."""
+        with self._engine.begin() as connection:
+            ended = and_(jobs.c.id == job_id, jobs.c.status.in_(FINAL))
+            return connection.execute(delete(jobs).where(ended)).rowcount == 1
+
+    def forget_deliveries(self, ended_before: float) -> int:
+        """Remove deliveries that ended before this; returns how many."""
+        with self._engine.begin() as connection:
+            return connection.execute(delete(deliveries).where(deliveries.c.ended_at < ended_before)).rowcount
+
+    def known(self, job_ids: Collection[str]) -> set[str]:
+        """Which of these jobs exist."""
+        query = select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)))
+        with self._engine.connect() as connection:
+            return set(connection.execute(query).scalars())
+
+    def identity(self) -> str:
+        """The name of this database, the same for ever, backups included."""
+        with self._engine.connect() as connection:
+            return connection.execute(select(identity.c.id)).scalar_one()
+
+    def erase_tenant(self, name: str, *, actor: str = "operator") -> None:
+        """End everything of a tenant, and for good: its keys, usage, deliveries, quotas and secret are gone.
+
+        Its jobs are ended and belong to nobody; ``expired_jobs`` names them until their files are removed and
+        ``forget`` is called. No further job of it is accepted, whoever is in the middle of sending one.
+
+        Args:
+            name: of the tenant; one that does not exist is erased, too.
+            actor: who does this, for the audit log.
+        """
+        now = self._clock()
+        with self._durable.begin() as connection:
+            lock_tenant(connection, name, now, revive=True)
+            unfinished = and_(jobs.c.tenant == name, jobs.c.status.not_in(FINAL))
+            ended = {"status": "cancelled", "cancel_requested": True, "completed_at": now, "owner": None}
+            num_stopped = connection.execute(update(jobs).where(unfinished).values(ended)).rowcount
+            for table in (keys, usage, request_counts, deliveries):
+                connection.execute(delete(table).where(table.c.tenant == name))
+            nothing = {"weight": 1.0, "virtual_time": 0.0, "webhook_secret": "", **asdict(Quota())}
+            connection.execute(update(tenants).where(tenants.c.name == name).values(erased_at=now, **nothing))
+            record(connection, now, actor, "tenant.erase", name, {"jobs_stopped": num_stopped})
+
+    def _jobs(self, which: ColumnElement[bool], order: ColumnElement[float | None], limit: int) -> list[Job]:
+        query = select(jobs).where(which).order_by(order, jobs.c.id).limit(limit)
+        with self._engine.connect() as connection:
+            return [job_from_row(row) for row in connection.execute(query).mappings()]
