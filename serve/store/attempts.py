@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, select, true, update
 
+from serve.policy.fairness import Waiting
 from serve.store.database import Database
 from serve.store.deliveries import owe_delivery
 from serve.store.job import Artifact, Job, Stage, Status, job_from_row
@@ -34,15 +35,28 @@ class Attempts(Database):
         Returns:
             Oldest first.
         """
-        place = func.row_number().over(
-            partition_by=(jobs.c.tenant, jobs.c.priority), order_by=(jobs.c.created_at, jobs.c.id)
-        )
-        ranked = select(jobs.c.id, place.label("place")).where(jobs.c.status == "queued", jobs.c.model == model)
-        places = ranked.subquery()
-        query = select(jobs).join(places, jobs.c.id == places.c.id).where(places.c.place <= limit_per_tenant)
+        query = select(jobs).where(_oldest(model, limit_per_tenant))
         with self._engine.connect() as connection:
             rows = connection.execute(query.order_by(jobs.c.created_at, jobs.c.id)).mappings()
             return [job_from_row(row) for row in rows]
+
+    def waiting(self, model: str, limit_per_tenant: int) -> list[Waiting]:
+        """What the order of the jobs in ``queued`` depends on, without the jobs themselves."""
+        query = select(
+            jobs.c.id, jobs.c.tenant, jobs.c.priority, jobs.c.created_at, jobs.c.cost, jobs.c.checkpoint_step
+        ).where(_oldest(model, limit_per_tenant))
+        with self._engine.connect() as connection:
+            return [
+                Waiting(
+                    id=row.id,
+                    tenant=row.tenant,
+                    priority=row.priority,
+                    created_at=row.created_at,
+                    cost=row.cost,
+                    is_started=bool(row.checkpoint_step),
+                )
+                for row in connection.execute(query)
+            ]
 
     def claim(self, job_id: str, owner: str, lease_s: float) -> Job | None:
         """Begin the next attempt at a queued job; None when somebody else was faster.
@@ -183,6 +197,15 @@ class Attempts(Database):
             if connection.execute(ended).one_or_none() is not None:
                 owe_delivery(connection, job_id, now)
         return True
+
+
+def _oldest(model: str, limit_per_tenant: int) -> ColumnElement[bool]:
+    place = func.row_number().over(
+        partition_by=(jobs.c.tenant, jobs.c.priority), order_by=(jobs.c.created_at, jobs.c.id)
+    )
+    ranked = select(jobs.c.id, place.label("place")).where(jobs.c.status == "queued", jobs.c.model == model)
+    places = ranked.subquery()
+    return jobs.c.id.in_(select(places.c.id).where(places.c.place <= limit_per_tenant))
 
 
 def _in_progress(job_id: str, attempt: int) -> ColumnElement[bool]:
