@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor
 from pusa_dist.checkpoint.vae import build_vae
 from pusa_dist.config import ModelConfig
 from pusa_dist.geometry import TEMPORAL_STRIDE, num_pixel_frames
-from pusa_dist.media.clips import fit_clip_frame, iter_frames, select_frames
 from pusa_dist.media.frames import Frame, to_model_range
-from pusa_dist.media.images import fit_image, read_image
+from pusa_dist.media.source import FrameSource, InProcess
 from pusa_dist.model.vae import decode_chunks, encode_chunks
 from pusa_dist.request import Fit, GenerationRequest
 
@@ -23,13 +23,16 @@ class VideoCodec:
     Holds weights only: any number of decodes may be consumed in turns, with encodes in between.
     """
 
-    def __init__(self, model: ModelConfig, device: str, threads: int | None = None) -> None:
+    def __init__(
+        self, model: ModelConfig, device: str, threads: int | None = None, source: FrameSource | None = None
+    ) -> None:
         """Load the VAE.
 
         Args:
             model: whose VAE.
             device: where it runs.
             threads: CPU threads of this process; None leaves torch's choice.
+            source: decodes what is uploaded; None does it in this process.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -37,6 +40,7 @@ class VideoCodec:
         self._vae = build_vae(model, device=device, precision=precision)
         self._tiling = (model.vae.tile, model.vae.tile_stride)
         self._device = torch.device(device)
+        self._source = source or InProcess()
 
     def encode_inputs(self, request: GenerationRequest, inputs: Sequence[bytes]) -> Tensor | None:
         """The latents that ``request.conditioning`` gives, in its order.
@@ -83,7 +87,7 @@ class VideoCodec:
         self, data: bytes, sources: Collection[int | None], size: tuple[int, int], fit: Fit
     ) -> dict[int | None, Tensor]:
         if None in sources:
-            return {None: next(self._latents(iter([fit_image(read_image(data), *size, fit)])))}
+            return {None: next(self._latents(iter([self._source.image(data, *size, fit)])))}
         from_start = [source for source in sources if source is not None and source >= 0]
         from_end = [-source for source in sources if source is not None and source < 0]
         latents: dict[int | None, Tensor] = {}
@@ -96,9 +100,8 @@ class VideoCodec:
         return latents
 
     def _encode_part(self, data: bytes, start: int, stop: int | None, size: tuple[int, int], fit: Fit) -> list[Tensor]:
-        # Fitted before they are selected: a tail is held until the clip's end is seen, at the video's size.
-        fitted = (fit_clip_frame(frame, *size, fit) for frame in iter_frames(data))
-        return list(self._latents(select_frames(fitted, start, stop)))
+        with closing(self._source.clip(data, start, stop, *size, fit)) as frames:
+            return list(self._latents(frames))
 
     def _latents(self, frames: Iterator[Frame]) -> Iterator[Tensor]:
         chunks = (

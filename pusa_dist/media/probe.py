@@ -1,9 +1,9 @@
 """What an uploaded file is, by its content alone, and whether it can be used at all.
 
-The gateway calls this before anything is stored, so it must be safe on any bytes: sizes are read from
-headers and checked before pixels are decoded, only named formats are given to their decoders, and no
-more than one decoded frame is held. Everything is decoded once, so that a truncated file is refused here
-and does not fail a job later.
+The gateway asks this, in a process that can be killed (``pusa_dist.media.decoders``), before anything is
+stored. Sizes are read from headers and checked before pixels are decoded, only named formats are given to
+their decoders, and no more than one decoded frame is held. Everything is decoded once, so that a truncated
+file is refused here and does not fail a job later.
 """
 
 import io
@@ -29,6 +29,7 @@ MIN_SIDE = 16
 MAX_SIDE = 4096
 MAX_PIXELS = 4096 * 4096
 MAX_CLIP_FRAMES = 1025
+MAX_CLIP_SECONDS = 600.0
 
 _ACCEPTED = "send an image as PNG, JPEG or WebP, or a clip as MP4, MOV or WebM"
 _DAMAGED = "the {} is damaged or truncated; send the whole file"
@@ -79,7 +80,7 @@ def _probe_image(data: bytes) -> MediaInfo:
         with Image.open(io.BytesIO(data), formats=(*IMAGE_FORMATS, "GIF")) as image:
             _check_size(image.width, image.height, "image")
             # A JPEG may carry further pictures (MPO, as phones write them); its first is the photograph.
-            if image.format in ("PNG", "WEBP", "GIF") and getattr(image, "n_frames", 1) > 1:
+            if image.format in ("PNG", "WEBP", "GIF") and getattr(image, "is_animated", False):
                 raise RequestError("the image is animated; send a still image, or an MP4", None, "animated_image")
             if image.format == "GIF":
                 raise RequestError(f"the image is a GIF; {_ACCEPTED}", None, "unsupported_media")
@@ -112,6 +113,7 @@ def _decode_clip(data: bytes) -> MediaInfo:
     with open_clip(data) as container:
         stream = _only_stream(container)
         _check_size(stream.codec_context.width, stream.codec_context.height, "clip")
+        _check_duration(container, stream)
         stream.thread_count = 1
         num_frames = 0
         size: tuple[int, int] | None = None
@@ -146,6 +148,19 @@ def _only_stream(container: "av.container.InputContainer") -> "av.VideoStream":
         codec = "an unknown format" if context is None else context.name
         raise RequestError(f"the clip is coded as {codec}; convert it to H.264", None, "unsupported_media")
     return streams[0]
+
+
+def _check_duration(container: "av.container.InputContainer", stream: "av.VideoStream") -> None:
+    """As the container and the stream claim it; what they claim is not to be met by decoding."""
+    claims = []
+    if container.duration is not None:
+        claims.append(container.duration / av.time_base)
+    if stream.duration is not None and stream.time_base is not None:
+        claims.append(float(stream.duration * stream.time_base))
+    if any(seconds > MAX_CLIP_SECONDS for seconds in claims):
+        raise RequestError(
+            f"the clip lasts more than {MAX_CLIP_SECONDS:g} s; send a shorter one", None, "clip_too_long"
+        )
 
 
 def _whole_frames(container: "av.container.InputContainer", stream: "av.VideoStream") -> Iterator["av.VideoFrame"]:
