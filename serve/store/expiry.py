@@ -13,7 +13,7 @@ from serve.store.audit import record
 from serve.store.database import Database
 from serve.store.job import Job, job_from_row
 from serve.store.tables import deliveries, identity, jobs, keys, request_counts, tenants, usage
-from serve.store.tenants import lock_tenant
+from serve.store.tenants import lock_tenant, new_webhook_secret
 
 FINAL = ("completed", "failed", "cancelled")
 
@@ -77,8 +77,8 @@ class Expiry(Database):
             num_stopped = connection.execute(update(jobs).where(unfinished).values(ended)).rowcount
             for table in (keys, usage, request_counts, deliveries):
                 connection.execute(delete(table).where(table.c.tenant == name))
-            nothing = {"weight": 1.0, "virtual_time": 0.0, "webhook_secret": "", **asdict(Quota())}
-            connection.execute(update(tenants).where(tenants.c.name == name).values(erased_at=now, **nothing))
+            anew = {"weight": 1.0, "virtual_time": 0.0, "webhook_secret": new_webhook_secret(), **asdict(Quota())}
+            connection.execute(update(tenants).where(tenants.c.name == name).values(erased_at=now, **anew))
             record(connection, now, actor, "tenant.erase", name, {"jobs_stopped": num_stopped})
 
     def _jobs(self, which: ColumnElement[bool], order: ColumnElement[float | None], limit: int) -> list[Job]:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import asdict, fields
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from serve.policy.quota import Quota, Refusal, Use, check, day_of, minute_of
@@ -53,7 +53,7 @@ _UNLIMITED = Quota()
 
 
 class DuplicateKeyError(Exception):
-    """The tenant has a job of this idempotency key."""
+    """The tenant has a job of this idempotency key, or the request has made its job already."""
 
 
 class QuotaExceededError(Exception):
@@ -71,13 +71,20 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
     concern each.
     """
 
-    def create(self, job: Job, quota: Quota = _UNLIMITED) -> None:
+    def create(self, job: Job, quota: Quota = _UNLIMITED, *, repeats_since: float | None = None) -> None:
         """Keep a new job, if the tenant may have it; when this returns it is on disk.
 
-        Jobs of a tenant are accepted one after the other, so that no two take the last place.
+        Jobs of a tenant are accepted one after the other, so that no two take the last place, and a
+        request that is sent again while the first is still being looked at makes one job.
+
+        Args:
+            job: new, its tenant's.
+            quota: the tenant's limits.
+            repeats_since: refuse the job if ``find_repeat`` finds one since then; None: do not look. A job that
+                has an idempotency key is compared by that alone.
 
         Raises:
-            DuplicateKeyError: another job of the tenant has its idempotency key.
+            DuplicateKeyError: another job of the tenant has its idempotency key, or is the same request's.
             QuotaExceededError: over quota; nothing was kept but that it was asked for.
             UnknownTenantError: the tenant was erased.
         """
@@ -85,7 +92,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         with self._durable.begin() as connection:
             lock_tenant(connection, job.tenant, now)
             # Before the quota is looked at: a request that came twice is told of its job, not of a limit.
-            _refuse_repeat(connection, job)
+            _refuse_repeat(connection, job, repeats_since)
             refusal = None
             if quota != _UNLIMITED:
                 use = _use(connection, job.tenant, now)
@@ -114,9 +121,22 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         """The tenant's job of this idempotency key."""
         return self._newest(jobs.c.tenant == tenant, jobs.c.idempotency_key == idempotency_key)
 
-    def find_repeat(self, tenant: str, fingerprint: str, since: float) -> Job | None:
-        """The tenant's newest job of this fingerprint, created at ``since`` or later."""
-        return self._newest(jobs.c.tenant == tenant, jobs.c.fingerprint == fingerprint, jobs.c.created_at >= since)
+    def find_repeat(self, tenant: str, fingerprint: str, since: float, *, only_retries: bool = False) -> Job | None:
+        """The tenant's newest job of this fingerprint, created at ``since`` or later.
+
+        Args:
+            tenant: whose.
+            fingerprint: of the request.
+            since: Unix seconds.
+            only_retries: whether to look only among jobs that a request made which had been sent again. That is
+                how a first request, overtaken by its own repetition, finds the job it has already made.
+        """
+        return self._newest(_repeats(tenant, fingerprint, since, only_retries=only_retries))
+
+    def use(self, tenant: str, now: float) -> Use:
+        """What the tenant uses of its quota."""
+        with self._engine.connect() as connection:
+            return _use(connection, tenant, now)
 
     def page(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
         """Up to ``limit`` jobs beyond the id ``after`` by age, and whether there are more.
@@ -174,10 +194,18 @@ def _owned(tenant: str, job_id: str) -> ColumnElement[bool]:
     return and_(jobs.c.tenant == tenant, jobs.c.id == job_id)
 
 
-def _refuse_repeat(connection: Connection, job: Job) -> None:
-    if job.idempotency_key is None:
+def _repeats(tenant: str, fingerprint: str, since: float, *, only_retries: bool) -> ColumnElement[bool]:
+    same = and_(jobs.c.tenant == tenant, jobs.c.fingerprint == fingerprint, jobs.c.created_at >= since)
+    return and_(same, jobs.c.is_retry.is_(true())) if only_retries else same
+
+
+def _refuse_repeat(connection: Connection, job: Job, since: float | None) -> None:
+    if job.idempotency_key is not None:
+        same = and_(jobs.c.tenant == job.tenant, jobs.c.idempotency_key == job.idempotency_key)
+    elif since is not None and job.fingerprint is not None:
+        same = _repeats(job.tenant, job.fingerprint, since, only_retries=not job.is_retry)
+    else:
         return
-    same = and_(jobs.c.tenant == job.tenant, jobs.c.idempotency_key == job.idempotency_key)
     if connection.execute(select(jobs.c.id).where(same)).first() is not None:
         raise DuplicateKeyError(job.idempotency_key)
 

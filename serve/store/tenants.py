@@ -60,7 +60,7 @@ class Tenants(Database):
         *,
         weight: float | None = None,
         quota: Quota | None = None,
-        new_webhook_secret: bool = False,
+        replace_webhook_secret: bool = False,
         actor: str = "operator",
     ) -> Tenant:
         """Set a tenant up, or change it; None leaves what it has.
@@ -69,7 +69,7 @@ class Tenants(Database):
             name: letters, digits, dot, dash and underscore, at most 128.
             weight: above 0.
             quota: all limits at once.
-            new_webhook_secret: whether to replace the secret that signs its webhooks.
+            replace_webhook_secret: whether to replace the secret that signs its webhooks.
             actor: who does this, for the audit log.
 
         Raises:
@@ -81,9 +81,9 @@ class Tenants(Database):
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
         changes |= {} if quota is None else asdict(quota)
         # The audit log says that the secret changed, never what to.
-        detail = {**changes, **({"webhook_secret": "replaced"} if new_webhook_secret else {})}
-        if new_webhook_secret:
-            changes["webhook_secret"] = _new_webhook_secret()
+        detail = {**changes, **({"webhook_secret": "replaced"} if replace_webhook_secret else {})}
+        if replace_webhook_secret:
+            changes["webhook_secret"] = new_webhook_secret()
         with self._durable.begin() as connection:
             lock_tenant(connection, name, self._clock(), revive=True)
             if changes:
@@ -125,7 +125,7 @@ def lock_tenant(connection: Connection, name: str, now: float, *, revive: bool =
         new = {
             "name": name,
             "weight": 1.0,
-            "webhook_secret": _new_webhook_secret(),
+            "webhook_secret": new_webhook_secret(),
             "virtual_time": 0.0,
             "created_at": now,
         }
@@ -135,7 +135,8 @@ def lock_tenant(connection: Connection, name: str, now: float, *, revive: bool =
         raise UnknownTenantError(name)
 
 
-def _new_webhook_secret() -> str:
+def new_webhook_secret() -> str:
+    """A random secret in Standard Webhooks form."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
+from serve.store.jobs import JobStore
 from tests.serve.postgres import own_postgres
+from tests.serve.store_support import Clock
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +40,20 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/state/jobs.sqlite"
     return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(database_url: str, clock: Clock) -> Iterator[JobStore]:
+    """A job store of either kind, whose clock stands at 1000 s."""
+    opened = JobStore(database_url, clock)
+    opened.create_tables()
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

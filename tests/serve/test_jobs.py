@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,68 +12,8 @@ from pathlib import Path
 import pytest
 
 from pusa_dist.errors import ConfigError
-from pusa_dist.request import Conditioning, GenerationRequest
-from serve.store.jobs import Artifact, DuplicateKeyError, Job, JobStore, StoredInput, new_job_id
-
-LEASE_S = 10.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(database_url: str, clock: Clock) -> Iterator[JobStore]:
-    opened = JobStore(database_url, clock)
-    opened.create_tables()
-    yield opened
-    opened.close()
-
-
-def new_job(tenant: str = "a", created_at: float = 1_000.0) -> Job:
-    request = GenerationRequest(
-        model="debug",
-        prompt="a cat \u732b",
-        negative_prompt="",
-        width=128,
-        height=96,
-        num_frames=17,
-        fps=8,
-        num_inference_steps=4,
-        guidance_scale=5.0,
-        shift=5.0,
-        seed=2**63 - 1,
-        lora_alpha={"main": 1.4},
-        conditioning=(Conditioning(input=0, position=0, noise_multiplier=0.2),),
-    )
-    stored = StoredInput(key="jobs/x/inputs/0", content_type="image/png", kind="image", width=4, height=3, num_frames=1)
-    return Job(
-        id=new_job_id(created_at),
-        tenant=tenant,
-        model="debug",
-        revision="1",
-        request=request,
-        inputs=(stored,),
-        num_steps=4,
-        created_at=created_at,
-    )
-
-
-def claimed(store: JobStore, owner: str = "me", **values: object) -> Job:
-    job = new_job(**values)  # type: ignore[arg-type]
-    store.create(job)
-    running = store.claim(job.id, owner, LEASE_S)
-    assert running is not None
-    return running
+from serve.store.jobs import Artifact, DuplicateKeyError, Job, JobStore
+from tests.serve.store_support import LEASE_S, Clock, claimed, job_of, new_job
 
 
 def test_a_job_is_read_back_equal(store: JobStore) -> None:
@@ -136,6 +75,37 @@ def test_a_repeat_is_found_by_fingerprint_within_its_window(store: JobStore) -> 
     assert store.find_repeat("b", "f", since=0.0) is None
 
 
+def test_a_request_and_its_repetition_make_one_job_in_whichever_order_they_end(store: JobStore) -> None:
+    first = new_job(created_at=10.0, fingerprint="f")
+    again = new_job(created_at=11.0, fingerprint="f", is_retry=True)
+    store.create(first, repeats_since=9.0)
+    with pytest.raises(DuplicateKeyError):
+        store.create(again, repeats_since=0.0)
+    assert store.find_repeat("a", "f", 9.0) == first
+    store.delete("a", first.id)
+    store.create(again, repeats_since=0.0)
+    with pytest.raises(DuplicateKeyError):
+        store.create(new_job(created_at=12.0, fingerprint="f"), repeats_since=9.0)
+    assert store.find_repeat("a", "f", 9.0, only_retries=True) == again
+    # The same order sent on purpose, later, and one of another tenant, are jobs of their own.
+    store.create(new_job(created_at=20.0, fingerprint="f"), repeats_since=19.0)
+    store.create(new_job("b", created_at=12.0, fingerprint="f"), repeats_since=9.0)
+    assert store.counts() == {"queued": 3}
+
+
+def test_a_request_and_its_repetition_at_the_same_time_make_one_job(store: JobStore) -> None:
+    def create(is_retry: bool) -> bool:
+        try:
+            store.create(new_job(fingerprint="f", is_retry=is_retry), repeats_since=999.0)
+        except DuplicateKeyError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(create, [True] * 8)) == 1
+    assert not create(is_retry=False)
+
+
 def test_a_claim_begins_an_attempt_and_only_one_claimant_wins(store: JobStore) -> None:
     job = new_job()
     store.create(job)
@@ -187,6 +157,9 @@ def test_a_stale_attempt_can_change_nothing(store: JobStore, clock: Clock) -> No
     assert not store.complete(job.id, 1, {}, {})
     assert not store.fail(job.id, 1, "x", "y")
     assert not store.cancelled(job.id, 1)
+    assert not store.checkpoint(job.id, 1, "k", 4)
+    assert not store.forget_checkpoint(job.id, 1)
+    assert not store.preview(job.id, 1, 4, "k")
     assert not store.requeue(job.id, 1, gang_died=True)
     assert store.get("a", job.id) == second
 
@@ -218,13 +191,60 @@ def test_a_renewed_lease_does_not_expire(store: JobStore, clock: Clock) -> None:
     assert store.progress(mine.id, 1, "text", 0, 4)
 
 
-def test_a_requeued_job_counts_the_gang_that_died_and_starts_over(store: JobStore) -> None:
+def test_a_requeued_job_without_a_checkpoint_starts_over_and_counts_the_gang_that_died(store: JobStore) -> None:
     job = claimed(store)
     store.progress(job.id, 1, "denoise", 2, 4)
     assert store.requeue(job.id, 1, gang_died=True)
     waiting = store.get("a", job.id)
     assert waiting is not None
     assert (waiting.status, waiting.gang_deaths, waiting.step, waiting.stage) == ("queued", 1, 0, None)
+
+
+def test_a_requeued_job_goes_on_from_its_checkpoint(store: JobStore) -> None:
+    job = claimed(store)
+    assert store.checkpoint(job.id, 1, "jobs/x/checkpoints/1/2", 2)
+    assert store.progress(job.id, 1, "denoise", 3, 4)
+    assert store.requeue(job.id, 1, gang_died=True)
+    again = store.claim(job.id, "other", LEASE_S)
+    assert again is not None
+    assert (again.attempt, again.step, again.checkpoint_step) == (2, 2, 2)
+    assert again.checkpoint_key == "jobs/x/checkpoints/1/2"
+    for step in (3, 4):
+        store.progress(job.id, 2, "denoise", step, 4)
+    assert store.complete(job.id, 2, {}, {})
+    assert job_of(store, job).steps_run == 5, "one step of four ran twice"
+
+
+def test_a_checkpoint_that_cannot_be_used_is_forgotten(store: JobStore) -> None:
+    job = claimed(store)
+    store.checkpoint(job.id, 1, "jobs/x/checkpoints/1/2", 2)
+    assert store.forget_checkpoint(job.id, 1)
+    store.requeue(job.id, 1, gang_died=False)
+    waiting = job_of(store, job)
+    assert (waiting.checkpoint_key, waiting.checkpoint_step, waiting.step) == (None, None, 0)
+
+
+def test_progress_is_read_without_the_request(store: JobStore) -> None:
+    running, other = claimed(store), new_job()
+    store.preview(running.id, 1, 2, "jobs/x/previews/2.webp")
+    progress = store.progress_of([running.id, other.id])
+    assert progress == {running.id: job_of(store, running).progress}
+    assert (progress[running.id].preview_step, progress[running.id].preview_key) == (2, "jobs/x/previews/2.webp")
+
+
+def test_a_long_queue_hides_no_other_tenant_class_or_model(store: JobStore) -> None:
+    for age in range(20):
+        store.create(new_job("a", created_at=float(age)))
+    late = [
+        new_job("a", created_at=30.0, priority="batch"),
+        new_job("b", created_at=31.0),
+        new_job("c", created_at=32.0),
+    ]
+    for job in (*late, new_job("d", model="other")):
+        store.create(job)
+    waiting = store.queued("debug", 3)
+    assert [job.created_at for job in waiting] == [0.0, 1.0, 2.0, 30.0, 31.0, 32.0]
+    assert waiting[3:] == late
 
 
 def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:

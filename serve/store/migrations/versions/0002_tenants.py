@@ -26,6 +26,7 @@ def _add_to_jobs() -> None:
         sa.Column("preview_every", sa.Integer, nullable=False, server_default="0"),
         sa.Column("preview_key", sa.String(255)),
         sa.Column("preview_step", sa.Integer),
+        sa.Column("is_retry", sa.Boolean, nullable=False, server_default=sa.false()),
         sa.Column("is_swept", sa.Boolean, nullable=False, server_default=sa.false()),
     ):
         op.add_column("jobs", column)
