@@ -6,17 +6,27 @@ says what is wrong, with which value, and what to do instead. Translation of the
 """
 
 import logging
+import traceback
+from pathlib import PurePath
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from pusa_dist.errors import RequestError
+from serve.policy.quota import Refusal
 
 logger = logging.getLogger(__name__)
+
+_KINDS = {429: "rate_limit_error"}
+"""OpenAI's words where they are neither ``server_error`` nor ``invalid_request_error``."""
+
+
+DATABASE_FAILURES = (OperationalError, InterfaceError, PoolTimeoutError)
 
 
 class ServeError(Exception):
@@ -25,12 +35,23 @@ class ServeError(Exception):
     All data is passed positionally to ``Exception`` so that it survives pickling across Ray.
     """
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(status, code, message, param)
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        should_retry: bool | None = None,
+    ) -> None:
+        super().__init__(status, code, message, param, retry_after_s, should_retry)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
+        # The stock client tries 408, 409 and 429 again by itself; mostly that changes nothing.
+        self.should_retry = status >= 500 if should_retry is None else should_retry
 
     def __str__(self) -> str:
         return self.message
@@ -59,7 +80,33 @@ def body_too_large(limit: int) -> ServeError:
 
 def storage_unavailable() -> ServeError:
     """503: the disk is full, or the database does not answer."""
-    return ServeError(503, "storage_unavailable", "jobs cannot be stored or read at the moment; try again later")
+    return ServeError(
+        503, "storage_unavailable", "jobs cannot be stored or read at the moment; try again later", retry_after_s=5
+    )
+
+
+def over_quota(refusal: Refusal) -> ServeError:
+    """429: the tenant may not have this job, or not now."""
+    return ServeError(429, refusal.code, refusal.message, refusal.param, refusal.retry_after_s, refusal.should_retry)
+
+
+def moderation_unavailable() -> ServeError:
+    """503: nobody can say whether this may pass, so it does not."""
+    return ServeError(
+        503, "moderation_unavailable", "the request could not be moderated; try again later", retry_after_s=5
+    )
+
+
+def tenant_erased() -> ServeError:
+    """403: the operator has erased the tenant."""
+    return ServeError(403, "tenant_erased", "this tenant was erased; ask the operator to set it up again")
+
+
+def too_many_streams(limit: int) -> ServeError:
+    """429: one tenant watches very many jobs."""
+    return ServeError(
+        429, "too_many_streams", f"{limit} event streams of this tenant are open; close one, or poll the videos instead"
+    )
 
 
 class ErrorDetail(BaseModel):
@@ -77,14 +124,28 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def outline(error: BaseException) -> str:
+    """Kinds and places of an error and its causes, for a log: its own words may quote a prompt or a path."""
+    parts = []
+    one: BaseException | None = error
+    while one is not None:
+        frames = traceback.extract_tb(one.__traceback__)
+        places = " > ".join(f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-6:])
+        parts.append(f"{type(one).__name__} at {places or 'nowhere'}")
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return "; because of ".join(parts)
+
+
 def error_response(error: ServeError) -> JSONResponse:
     """The answer for an error; tells the stock client not to retry where that is pointless."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = _KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     param = None if error.param is None else _encodable(error.param)
     body = ErrorBody(error=ErrorDetail(message=_encodable(error.message), type=kind, param=param, code=error.code))
     headers = {}
-    if error.status < 500:  # the client would retry 408, 409 and 429 by itself; asking again changes nothing
+    if not error.should_retry:
         headers["x-should-retry"] = "false"
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(body.model_dump(), error.status, headers)
@@ -102,10 +163,13 @@ def install_error_handlers(app: FastAPI) -> None:
     async def _ours(_: Request, error: ServeError) -> JSONResponse:
         return error_response(error)
 
-    @app.exception_handler(OperationalError)
-    async def _database(request: Request, error: OperationalError) -> JSONResponse:
-        logger.error("%s %s: the database failed: %s", request.method, request.url.path, error)
+    async def _database(request: Request, error: Exception) -> JSONResponse:
+        reason = getattr(error, "orig", None) or error
+        logger.error("%s %s: the database failed: %s", request.method, request.url.path, type(reason).__name__)
         return error_response(storage_unavailable())
+
+    for failure in DATABASE_FAILURES:
+        app.add_exception_handler(failure, _database)
 
     @app.exception_handler(RequestError)
     async def _engine(_: Request, error: RequestError) -> JSONResponse:

@@ -5,21 +5,34 @@ Plain ASGI, so that bodies stream through and nothing is buffered here.
 
 import logging
 import secrets
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.http.errors import ServeError, body_too_large, error_response
+from serve.http.errors import (
+    DATABASE_FAILURES,
+    ServeError,
+    body_too_large,
+    error_response,
+    outline,
+    storage_unavailable,
+)
 from serve.http.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
 
-class RequestIds:
-    """Name every request, in the answer and in the log, and answer for what nobody expected."""
+class BrokenOffError(Exception):
+    """The answer had begun when it failed; the server must break the connection off."""
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class RequestIds:
+    """Name and time every request, in the answer and in the log, and answer for what nobody expected."""
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
         self._app = app
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -27,6 +40,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["arrived_at"] = self._clock()
         started = False
 
         async def named(message: Message) -> None:
@@ -38,10 +52,10 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, named)
-        except Exception:
-            logger.exception("%s: %s %s failed", request_id, scope["method"], scope["path"])
-            if started:  # too late for an answer; the server must break the connection off
-                raise
+        except Exception as error:  # noqa: BLE001 - the outermost boundary: what is unexpected gets an answer
+            logger.error("%s: %s %s failed: %s", request_id, scope["method"], scope["path"], outline(error))
+            if started:
+                raise BrokenOffError(request_id) from None
             unexpected = ServeError(
                 500, "internal_error", f"something went wrong here; quote {request_id} when you report it"
             )
@@ -59,9 +73,13 @@ class Authentication:
         """Handle one connection (ASGI)."""
         if scope["type"] == "http":
             try:
-                tenant = self._tenants.authenticate(Headers(scope=scope).get("authorization"))
+                tenant = await self._tenants.authenticate(Headers(scope=scope).get("authorization"))
             except ServeError as error:
                 await error_response(error)(scope, receive, send)
+                return
+            except DATABASE_FAILURES as error:
+                logger.error("a key could not be looked up: the database failed: %s", type(error).__name__)
+                await error_response(storage_unavailable())(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pusa_dist.errors import RequestError
 from serve.http.errors import ServeError
-from serve.http.uploads import IncomingBody, Upload
+from serve.http.uploads import IncomingBody
 from serve.store.jobs import Job, JobStore
 
 RETRY_WINDOW_S = 900.0
@@ -28,9 +28,11 @@ class Origin:
     fingerprint: str
     idempotency_key: str | None
     is_retry: bool
+    arrived_at: float
+    """When its first byte came in, Unix seconds."""
 
     @classmethod
-    def of(cls, route: str, headers: Mapping[str, str], body: IncomingBody) -> "Origin":
+    def of(cls, route: str, headers: Mapping[str, str], body: IncomingBody, arrived_at: float) -> "Origin":
         """Read it from a request.
 
         Raises:
@@ -44,22 +46,27 @@ class Origin:
                 "invalid_idempotency_key",
             )
         retries = headers.get("x-stainless-retry-count", "0")
-        return cls(_fingerprint(route, body), key, retries.strip("0").isdecimal())
+        return cls(_fingerprint(route, body), key, retries.strip("0").isdecimal(), arrived_at)
 
-    def earlier_job(self, store: JobStore, tenant: str, now: float) -> Job | None:
+    @property
+    def repeats_since(self) -> float:
+        """From when on a job of this fingerprint is the job of this request."""
+        return self.arrived_at - RETRY_WINDOW_S if self.is_retry else self.arrived_at
+
+    def earlier_job(self, store: JobStore, tenant: str) -> Job | None:
         """The job this request has already made, if it has.
 
         Raises:
             ServeError: 409, the idempotency key was used for something else.
         """
         if self.idempotency_key is None:
-            return store.find_repeat(tenant, self.fingerprint, now - RETRY_WINDOW_S) if self.is_retry else None
+            return store.find_repeat(tenant, self.fingerprint, self.repeats_since, only_retries=not self.is_retry)
         job = store.find_by_key(tenant, self.idempotency_key)
         if job is not None and job.fingerprint != self.fingerprint:
             raise ServeError(
                 409,
                 "idempotency_key_reused",
-                f"Idempotency-Key {self.idempotency_key!r} made {job.id} from a different request; use a new key",
+                f"this Idempotency-Key made {job.id} from a different request; use a new key",
                 "Idempotency-Key",
             )
         return job
@@ -69,7 +76,5 @@ def _fingerprint(route: str, body: IncomingBody) -> str:
     """Digest of the parsed request: the multipart boundary changes with every retry, this does not."""
     digest = hashlib.sha256(json.dumps([route, body.fields], sort_keys=True).encode())
     for one in body.media:
-        digest.update(
-            hashlib.sha256(one.data if isinstance(one, Upload) else one.id.encode(errors="surrogatepass")).digest()
-        )
+        digest.update(hashlib.sha256(one.identity).digest())
     return digest.hexdigest()

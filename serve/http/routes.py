@@ -1,4 +1,4 @@
-"""The routes: OpenAI's Videos and Models, ``cancel`` of ours, and health.
+"""The routes: OpenAI's Videos and Models, and of ours ``cancel``, ``events``, usage and health.
 
 Plain ``def`` routes run in worker threads, so nothing that blocks runs on the event loop; bodies are
 read by an ``async`` dependency before.
@@ -16,7 +16,17 @@ from serve.http.errors import ErrorBody, ServeError
 from serve.http.gateway import Gateway
 from serve.http.repeats import Origin
 from serve.http.uploads import IncomingBody, read_body
-from serve.http.views import Model, ModelList, Video, VideoDeleted, VideoList, model_view, page_view, video_view
+from serve.http.views import (
+    Model,
+    ModelList,
+    TenantUsage,
+    Video,
+    VideoDeleted,
+    VideoList,
+    model_view,
+    page_view,
+    video_view,
+)
 from serve.store.jobs import JOB_ID_PATTERN, Job
 
 router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
@@ -60,6 +70,13 @@ class ListQuery(BaseModel):
     order: Literal["asc", "desc"] = "desc"
 
 
+class UsageQuery(BaseModel):
+    """How far back."""
+
+    model_config = ConfigDict(extra="forbid")
+    days: int = Field(30, ge=1, le=366)
+
+
 class ContentQuery(BaseModel):
     """Which file of a video."""
 
@@ -69,13 +86,13 @@ class ContentQuery(BaseModel):
 
 def _answer(gateway: Gateway, job: Job, response: Response) -> Video:
     response.headers["openai-poll-after-ms"] = str(gateway.config.poll_after_ms)
-    return video_view(job, gateway.queue_position(job))
+    return video_view(job, gateway.queue_position(job), gateway.seconds_left(job))
 
 
 @router.post("/v1/videos")
 def create_video(gateway: TheGateway, tenant: Tenant, body: CreateBody, request: Request, response: Response) -> Video:
     """Order a video: multipart or JSON; images and clips as ``input_reference``, our own fields in ``pusa``."""
-    origin = Origin.of("create", request.headers, body)
+    origin = Origin.of("create", request.headers, body, request.state.arrived_at)
     return _answer(gateway, gateway.create(tenant, body, origin), response)
 
 
@@ -85,7 +102,7 @@ def extend_video(gateway: TheGateway, tenant: Tenant, body: ExtendBody, request:
 
     Its first frames are the clip's last ones again, up to four latent frames, so that the two join.
     """
-    origin = Origin.of("extend", request.headers, body)
+    origin = Origin.of("extend", request.headers, body, request.state.arrived_at)
     return _answer(gateway, gateway.extend(tenant, body, origin), response)
 
 
@@ -155,6 +172,25 @@ def download_video(
     artifact = finished_artifact(gateway.get(tenant, video_id), query.variant)
     filename = f"{video_id}{FILE_SUFFIXES[query.variant]}"
     return content_response(gateway.artifacts, artifact, filename, range_header, if_range)
+
+
+@router.get("/v1/videos/{video_id}/events", response_class=Response)
+def stream_events(
+    gateway: TheGateway, tenant: Tenant, video_id: str, last_event_id: Annotated[str | None, Header()] = None
+) -> Response:
+    """How far a video is, as server-sent events, until it ends.
+
+    ``progress`` whenever its state, stage or step changes, ``preview`` with a picture if previews were asked
+    for, and at last ``completed``, ``failed``, ``cancelled`` or ``deleted``. A client that was cut off goes on
+    from ``Last-Event-ID``, at any gateway.
+    """
+    return gateway.events(tenant, video_id, last_event_id)
+
+
+@router.get("/v1/usage")
+def retrieve_usage(gateway: TheGateway, tenant: Tenant, query: Annotated[UsageQuery, Query()]) -> TenantUsage:
+    """What you have used, today and by day, your limits, and what they leave."""
+    return gateway.usage(tenant, query.days)
 
 
 @router.get("/v1/models")

@@ -9,14 +9,16 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pusa_dist.errors import RequestError
 from pusa_dist.request import ConditioningParams, Fit, RequestParams
+from serve.http.fetch import FetchError, check_url
 from serve.store.jobs import Priority
 
 MAX_NAME_SHOWN = 80
+PRIVATE_FIELDS = ("prompt", "negative_prompt", "webhook")
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
@@ -35,7 +37,32 @@ Text = Annotated[str, AfterValidator(_encodable)]
 class Closed(BaseModel):
     """Base of every part of a body."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+# What the document at /openapi.json says where a validator of ours says more than a type can.
+_POSITION = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"enum": ["start", "end"]},
+        {
+            "type": "object",
+            "properties": {"frame": {"type": "integer", "minimum": 0}},
+            "required": ["frame"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_SECONDS = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$"},
+        {"type": "null"},
+    ]
+}
+_SIZE_SCHEMA = {"anyOf": [{"type": "string", "pattern": "^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"}, {"type": "null"}]}
 
 
 class ConditioningBody(Closed):
@@ -43,7 +70,7 @@ class ConditioningBody(Closed):
 
     input: int | None = None
     """Index of the uploaded image or clip; default: the entry's own index, or the only clip."""
-    position: Any = None
+    position: Annotated[Any, WithJsonSchema(_POSITION)] = None
     """Latent frame index, ``"start"``, ``"end"`` or ``{"frame": n}``."""
     noise_multiplier: float | None = None
     """0 keeps the frame exactly, 1 ignores it."""
@@ -62,19 +89,44 @@ def _number_or_experts(value: Any) -> Any:
     )
 
 
+def _webhook(url: str | None) -> str | None:
+    if url is not None:
+        try:
+            check_url(url)
+        except FetchError as error:
+            raise PydanticCustomError(
+                "invalid_webhook", "{why}; use a public https URL", {"why": error.message}
+            ) from error
+    return url
+
+
 class PusaBody(Closed):
     """Our own parameters: the JSON part named ``pusa``, or plain fields of a JSON body."""
 
     conditioning: list[ConditioningBody] = []
+    """Where uploaded images and clips go; one image alone: the start."""
     num_inference_steps: int | None = None
+    """Denoising steps."""
     guidance_scale: float | None = None
+    """1 runs without guidance, in half the time."""
     shift: float | None = None
+    """Of the noise schedule."""
     seed: int | None = None
+    """Default: drawn, and told in the answer."""
     negative_prompt: Text | None = None
+    """What the video should not show."""
     fps: int | None = None
+    """Frames a second of the file."""
     num_frames: int | None = None
+    """4k+1; instead of ``seconds``."""
     lora_alpha: Annotated[float | dict[str, float] | None, BeforeValidator(_number_or_experts)] = None
+    """Strength of the model's LoRA, or of each expert's."""
     priority: Priority = "interactive"
+    """``batch`` jobs give way to the tenant's interactive ones."""
+    preview_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between preview frames in the event stream; 0: none."""
+    webhook: Annotated[str | None, Field(max_length=2048), AfterValidator(_webhook)] = None
+    """Public https URL that is told when the job ends, at least once."""
 
 
 def _seconds(value: Any) -> Any:
@@ -96,15 +148,20 @@ class VideoBody(Closed):
     """What is asked for, less its media: the same for a new video and for an extension."""
 
     prompt: Text
+    """What the video shows."""
     model: str | None = None
-    seconds: Annotated[float | None, BeforeValidator(_seconds)] = None
-    size: Annotated[str | None, BeforeValidator(_size)] = None
+    """Default: the one that is served."""
+    seconds: Annotated[float | None, BeforeValidator(_seconds), WithJsonSchema(_SECONDS)] = None
+    """Length: the largest 4k+1 frames within it are made. Default: by model."""
+    size: Annotated[str | None, BeforeValidator(_size), WithJsonSchema(_SIZE_SCHEMA)] = None
+    """WIDTHxHEIGHT in pixels, both multiples of 16. Default: by model."""
     pusa: PusaBody = PusaBody()
+    """What OpenAI's contract has no words for."""
 
     def params(self, seed: int) -> RequestParams:
         """What was asked, in the engine's words; ``seed`` is used if none was given."""
         width, height = (int(side) for side in self.size.split("x")) if self.size else (None, None)
-        plain = self.pusa.model_dump(exclude={"conditioning", "priority", "seed"})
+        plain = self.pusa.model_dump(exclude={"conditioning", "priority", "seed", "preview_every", "webhook"})
         return RequestParams(
             prompt=self.prompt,
             seed=seed if self.pusa.seed is None else self.pusa.seed,
@@ -136,15 +193,18 @@ def _explain(error: ErrorDetails) -> RequestError:
     if loc[:2] == ("pusa", "lora_alpha"):  # a union adds the names of its members; they mean nothing to a user
         loc = loc[:2]
     param = param_name(loc)
-    message = f"{param}={_shortened(error['input'])}: {error['msg']}"
+    # Errors are logged and shown to others: no prompt and no URL's secret in them.
+    given = param if loc[-1] in PRIVATE_FIELDS else f"{param}={_shortened(error['input'])}"
+    message = f"{given}: {error['msg']}"
     match error["type"]:
         case "extra_forbidden":
             return unknown_field(str(loc[-1]), param, _fields_beside(loc))
         case "missing":
             return RequestError(f"{param} is missing; it is required", param, "missing_field")
         case "model_type":
-            message = f"{param}={_shortened(error['input'])}: write a JSON object, {{...}}"
-            return RequestError(message, param, "invalid_type")
+            return RequestError(f"{param}: write a JSON object, {{...}}", param, "invalid_type")
+        case "greater_than_equal":
+            return RequestError(message, param, "out_of_range")
         case ours if ours.startswith("invalid_"):
             return RequestError(message, param, ours)
         case kind if kind.endswith("_type"):

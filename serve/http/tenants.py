@@ -1,79 +1,65 @@
-"""Who is asking: API keys to tenants (the seam for quotas and fair shares).
+"""Who is asking: an API key to its tenant.
 
-Keys are kept only as digests, and compared in constant time.
+The database knows a key by its SHA-256, and so does the memory here. A key is random, so a look-up by
+digest needs no comparison in constant time: what the timing of a look-up could tell is how much of a
+digest is right, and nobody can choose a key for the digest it has.
 """
 
+import asyncio
 import hashlib
-import hmac
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Callable
 
-from pusa_dist.errors import ConfigError
 from serve.http.errors import unauthenticated
+from serve.store.keys import PREFIX
 
 LOCAL = "local"
-MAX_NAME_LENGTH = 128
+"""The tenant of everybody, where keys are not asked for."""
+MEMORY_S = 3.0
+"""A key that is revoked is refused this much later, at the latest."""
+MAX_REMEMBERED = 1000
+_MAX_KEY_LENGTH = 128
 
 
 class Tenants:
-    """The tenants of a deployment; with none configured, everyone is ``local``.
+    """Finds the tenant of a request.
 
     Args:
-        digests: SHA-256 of each key to its tenant; empty: keys are not asked for.
+        tenant_of_key: whose key it is, or None; blocks. None: keys are not asked for, and everybody is ``local``.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, digests: Mapping[bytes, str]) -> None:
-        self._digests = dict(digests)
+    def __init__(
+        self, tenant_of_key: Callable[[str], str | None] | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._tenant_of_key = tenant_of_key
+        self._clock = clock
+        self._known: dict[bytes, tuple[str, float]] = {}
 
-    @classmethod
-    def from_file(cls, path: str | None) -> "Tenants":
-        """Read ``tenant key`` pairs, one a line; blank lines and lines that begin with # are skipped.
-
-        Raises:
-            ConfigError: the file cannot be read, or a line is not a pair (keys are never shown).
-        """
-        if path is None:
-            return cls({})
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"keys_file={path} cannot be read: {error}") from error
-        digests: dict[bytes, str] = {}
-        for number, line in enumerate(lines, start=1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
-                continue
-            if len(words) != 2:
-                raise ConfigError(f"keys_file={path}, line {number}: write 'tenant key', two words")
-            tenant, key = words
-            if len(tenant) > MAX_NAME_LENGTH:
-                raise ConfigError(
-                    f"keys_file={path}, line {number}: a tenant's name has at most {MAX_NAME_LENGTH} letters"
-                )
-            if digests.setdefault(_digest(key), tenant) != tenant:
-                raise ConfigError(f"keys_file={path}, line {number}: this key already belongs to another tenant")
-        if not digests:
-            raise ConfigError(f"keys_file={path} holds no keys; add a line 'tenant key'")
-        return cls(digests)
-
-    def authenticate(self, authorization: str | None) -> str:
+    async def authenticate(self, authorization: str | None) -> str:
         """The tenant of an Authorization header.
 
         Raises:
             ServeError: 401, keys are required and this is not one.
         """
-        if not self._digests:
+        if self._tenant_of_key is None:
             return LOCAL
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer":
+        scheme, _, given = (authorization or "").partition(" ")
+        key = given.strip()
+        # What cannot be a key is no reason to ask the database.
+        if scheme.lower() != "bearer" or not key.startswith(PREFIX) or len(key) > _MAX_KEY_LENGTH or not key.isascii():
             raise unauthenticated()
-        given = _digest(key.strip())
-        # Every key is looked at, so that the time taken says nothing.
-        tenants = [tenant for digest, tenant in self._digests.items() if hmac.compare_digest(given, digest)]
-        if not tenants:
+        digest = hashlib.sha256(key.encode()).digest()
+        tenant, until = self._known.get(digest, ("", 0.0))
+        now = self._clock()
+        if now < until:
+            return tenant
+        found = await asyncio.to_thread(self._tenant_of_key, key)
+        self._known.pop(digest, None)
+        # Only what is valid is remembered, so a new key works at once, and guesses take no room.
+        if found is None:
             raise unauthenticated()
-        return tenants[0]
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", errors="surrogateescape")).digest()
+        if len(self._known) >= MAX_REMEMBERED:
+            self._known.pop(next(iter(self._known)))
+        self._known[digest] = (found, now + MEMORY_S)
+        return found

@@ -6,13 +6,17 @@ polling at any other word; what OpenAI cannot say (cancelled, the stage) is in `
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.geometry import PIXEL_MULTIPLE
+from serve.policy.quota import Quota, Use
 from serve.store.jobs import Job, Priority, Stage, Status
+from serve.store.usage import Usage
+
+N = TypeVar("N", int, float)
 
 TASKS = (
     "text-to-video",
@@ -41,8 +45,11 @@ class VideoFacts(BaseModel):
     step: int
     num_steps: int
     queue_position: int | None
-    """1 for the oldest queued job; None when not queued, and in lists."""
+    """1 for the next in the fair order, as of a moment ago; None: not queued, not counted yet, or in a list."""
+    estimated_seconds_left: float | None
+    """Of denoising, once it is the job's turn; None before any step was measured, and in lists."""
     priority: Priority
+    preview_every: int
     attempt: int
     seed: int
     precision: str | None
@@ -107,7 +114,57 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-def video_view(job: Job, queue_position: int | None = None) -> Video:
+class UsageOfDay(BaseModel):
+    """What was used on one UTC day."""
+
+    day: str
+    """As 2026-11-20."""
+    requests: int
+    """Jobs accepted."""
+    completed: int
+    """Jobs that ended with a video."""
+    gang_seconds: float
+    """Cost delivered: seconds of a gang, the measure of fair shares."""
+    video_seconds: float
+    """Length of the completed videos."""
+
+
+class Limits(BaseModel):
+    """A tenant's quotas; null is no limit."""
+
+    requests_per_minute: int | None
+    max_queued: int | None
+    max_running: int | None
+    """Jobs in progress at once; more wait, none is refused for it."""
+    gang_seconds_per_day: float | None
+    max_tokens: int | None
+    """Of the largest video."""
+
+
+class Left(BaseModel):
+    """What a tenant may still ask for; null is no limit."""
+
+    requests_this_minute: int | None
+    queued: int | None
+    gang_seconds_today: float | None
+    """Unfinished jobs count with what they are predicted to need."""
+
+
+class TenantUsage(BaseModel):
+    """What a tenant has used, and what is left."""
+
+    object: Literal["usage"] = "usage"
+    tenant: str
+    weight: float
+    """Share of the gangs under contention, relative to the other tenants'."""
+    today: UsageOfDay
+    days: list[UsageOfDay]
+    """Oldest first, today last; days without any use are left out."""
+    limits: Limits
+    left: Left
+
+
+def video_view(job: Job, queue_position: int | None = None, seconds_left: float | None = None) -> Video:
     """A job as its owner sees it."""
     request = job.request
     completed = job.status == "completed"
@@ -122,14 +179,16 @@ def video_view(job: Job, queue_position: int | None = None) -> Video:
         prompt=request.prompt,
         seconds=f"{request.num_frames / request.fps:g}",
         size=f"{request.width}x{request.height}",
-        error=_error(job),
+        error=error_view(job.status, job.error_code, job.error_message),
         pusa=VideoFacts(
             state=job.status,
             stage=job.stage,
             step=job.step,
             num_steps=job.num_steps,
             queue_position=queue_position,
+            estimated_seconds_left=seconds_left,
             priority=job.priority,
+            preview_every=job.preview_every,
             attempt=job.attempt,
             seed=request.seed,
             precision=job.precision,
@@ -147,12 +206,13 @@ def _progress(job: Job) -> int:
     return min(100 * job.step // max(job.num_steps, 1), 99)
 
 
-def _error(job: Job) -> VideoError | None:
-    match job.status:
+def error_view(status: Status, code: str | None, message: str | None) -> VideoError | None:
+    """Why a job did not end well; None if it did, or has not ended."""
+    match status:
         case "cancelled":
             return VideoError(code="cancelled", message="the job was cancelled on request")
         case "failed":
-            return VideoError(code=job.error_code or "internal_error", message=job.error_message or "the job failed")
+            return VideoError(code=code or "internal_error", message=message or "the job failed")
         case _:
             return None
 
@@ -182,3 +242,48 @@ def model_view(model: ModelConfig, limits: Mapping[str, int], created: int) -> M
         "experts": model.experts,
     }
     return Model(id=model.name, created=created, pusa=facts)
+
+
+def usage_view(name: str, weight: float, quota: Quota, use: Use, today: str, days: Sequence[Usage]) -> TenantUsage:
+    """A tenant's usage.
+
+    Args:
+        name: of the tenant.
+        weight: its share.
+        quota: its limits.
+        use: what counts against them now.
+        today: the present day, in UTC.
+        days: with any use, oldest first.
+    """
+    return TenantUsage(
+        tenant=name,
+        weight=weight,
+        today=_day_view(next((one for one in days if one.day == today), Usage(day=today))),
+        days=[_day_view(one) for one in days],
+        limits=Limits(
+            requests_per_minute=quota.requests_per_minute,
+            max_queued=quota.max_queued,
+            max_running=quota.max_running,
+            gang_seconds_per_day=quota.cost_per_day,
+            max_tokens=quota.max_tokens,
+        ),
+        left=Left(
+            requests_this_minute=_left(quota.requests_per_minute, use.requests),
+            queued=_left(quota.max_queued, use.queued),
+            gang_seconds_today=_left(quota.cost_per_day, use.cost),
+        ),
+    )
+
+
+def _day_view(used: Usage) -> UsageOfDay:
+    return UsageOfDay(
+        day=used.day,
+        requests=used.requests,
+        completed=used.completed,
+        gang_seconds=round(used.cost, 3),
+        video_seconds=round(used.video_seconds, 3),
+    )
+
+
+def _left(limit: N | None, used: N) -> N | None:
+    return None if limit is None else max(limit - used, type(limit)(0))

@@ -82,6 +82,11 @@ class Service:
         assert job is not None
         return job
 
+    def key(self, tenant: str) -> dict[str, str]:
+        """Headers with a new key of the tenant."""
+        _, secret = self.store.create_key(tenant)
+        return {"Authorization": f"Bearer {secret}"}
+
     def finish(self, video_id: str, video: bytes = b"0123456789") -> None:
         claimed = self.store.claim(video_id, "test", 60.0)
         assert claimed is not None
@@ -135,7 +140,7 @@ class FakeDispatcher(threading.Thread):
 
     def run(self) -> None:
         while not self._stop_asked.wait(0.02):
-            for queued in self._store.queued(10):
+            for queued in self._store.queued("debug", 10):
                 if "leave queued" not in queued.request.prompt:
                     self._run_job(queued)
         self._store.close()

@@ -1,6 +1,6 @@
 """Run by test_openai_client.py in a process of its own: a user's session with the official client.
 
-python openai_session.py MAJOR BASE_URL FOLDER
+python openai_session.py MAJOR BASE_URL FOLDER KEY
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-MAJOR, BASE_URL, FOLDER = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+MAJOR, BASE_URL, FOLDER, KEY = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 PNG = (FOLDER / "a.png").read_bytes()
 MP4 = (FOLDER / "a.mp4").read_bytes()
 
@@ -24,7 +24,7 @@ def refused(kind: type[openai.APIStatusError], call: Any, *args: Any, **kwargs: 
 
 
 assert int(openai.__version__.split(".")[0]) == MAJOR, openai.__version__
-client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="key-red")
+client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY)
 videos = client.videos
 
 # Create, poll, retrieve.

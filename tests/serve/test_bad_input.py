@@ -113,6 +113,20 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "lora_alpha of 9": (body(lora_alpha=9), "out_of_range", "pusa.lora_alpha", "use 0.1"),
     "lora_alpha of an unknown expert": (body(lora_alpha={"high": 1}), "unknown_expert", "pusa.lora_alpha", "main"),
     "lora_alpha of text": (body(lora_alpha="strong"), "invalid_lora_alpha", "pusa.lora_alpha", "use a number"),
+    # previews and webhooks
+    "previews less than none": (body(preview_every=-1), "out_of_range", "pusa.preview_every", "or equal to 0"),
+    "previews beyond the steps": (
+        body(preview_every=6, num_inference_steps=5),
+        "out_of_range",
+        "pusa.preview_every",
+        "smaller number",
+    ),
+    "webhook without TLS": (body(webhook="http://a.example.com/"), "invalid_webhook", "pusa.webhook", "use a public"),
+    "webhook to ourselves": (body(webhook="https://127.0.0.1/x"), "invalid_webhook", "pusa.webhook", "use a public"),
+    "webhook to the cloud": (body(webhook="https://[::ffff:a9fe:a9fe]/"), "invalid_webhook", "pusa.webhook", "public"),
+    "webhook with a password": (body(webhook="https://u:p@a.example/"), "invalid_webhook", "pusa.webhook", "use a"),
+    "webhook that is no URL": (body(webhook="tell me"), "invalid_webhook", "pusa.webhook", "use a public https URL"),
+    "webhook of 3 kB": (body(webhook="https://a.b/" + "x" * 3000), "invalid_value", "pusa.webhook", "at most 2048"),
     # conditioning
     "position out of range": (
         form(image(png()), pusa=placed(99)),
@@ -309,13 +323,18 @@ def test_every_parameter_of_ours_is_accepted_where_its_value_is_good(service: Se
         "num_frames": 5,
         "lora_alpha": {"main": 0.1},
         "priority": "batch",
+        "preview_every": 10,
+        "webhook": "https://hooks.example.com/done?token=t",
     }
     assert set(good) == set(PusaBody.model_fields)
     answer = service.client.post("/v1/videos", **form(image(png()), pusa=json.dumps(good)))
     assert answer.status_code == 200, answer.text
     resolved = answer.json()["pusa"]["request"]
-    for name in set(good) - {"conditioning", "priority"}:
+    for name in set(good) - {"conditioning", "priority", "preview_every", "webhook"}:
         assert resolved[name] == good[name]
+    job = service.job(answer.json()["id"])
+    assert (job.preview_every, job.webhook_url) == (10, good["webhook"])
+    assert answer.json()["pusa"]["preview_every"] == 10
     service.client.delete(f"/v1/videos/{answer.json()['id']}")
 
 

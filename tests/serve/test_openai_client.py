@@ -16,6 +16,7 @@ import uvicorn
 from serve.config import ServeConfig, UploadLimits
 from serve.http.api import create_api
 from serve.http.gateway import Gateway
+from serve.store.jobs import JobStore
 from tests.serve.api_support import FakeDispatcher, mp4, png
 
 SESSION = Path(__file__).parent / "openai_session.py"
@@ -24,7 +25,7 @@ LAST_2X = Path(sys.prefix) / "openai-2"
 
 
 @contextmanager
-def running_server(config: ServeConfig) -> Iterator[str]:
+def running_server(config: ServeConfig) -> Iterator[tuple[str, Gateway]]:
     async def ready() -> dict[str, bool]:
         return {"Gateway": True}
 
@@ -35,7 +36,7 @@ def running_server(config: ServeConfig) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", gateway
     server.should_exit = True
     thread.join()
     listener.close()
@@ -44,10 +45,9 @@ def running_server(config: ServeConfig) -> Iterator[str]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> ServeConfig:
-    (tmp_path / "keys").write_text("red key-red\n")
     return ServeConfig(
         state_dir=str(tmp_path / "state"),
-        keys_file=str(tmp_path / "keys"),
+        require_keys=True,
         poll_after_ms=50,
         uploads=UploadLimits(max_body_bytes=2_000_000),
     )
@@ -62,11 +62,12 @@ def test_a_session_with_the_official_client_works_from_create_to_delete(
     clip = mp4(17)
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.mp4").write_bytes(clip)
-    with running_server(config) as url:
+    with running_server(config) as (url, _):
+        key = key_of("red", config)
         dispatcher = FakeDispatcher(config, clip)
         dispatcher.start()
         session = subprocess.run(
-            [sys.executable, "-W", "ignore::DeprecationWarning", str(SESSION), str(major), url, str(tmp_path)],
+            [sys.executable, "-W", "ignore::DeprecationWarning", str(SESSION), str(major), url, str(tmp_path), key],
             env={**os.environ, "PYTHONPATH": str(LAST_2X) if major == 2 else ""},
             capture_output=True,
             text=True,
@@ -79,11 +80,12 @@ def test_a_session_with_the_official_client_works_from_create_to_delete(
 
 
 def test_a_body_without_end_is_cut_off_while_it_arrives(config: ServeConfig) -> None:
-    with running_server(config) as url:
+    with running_server(config) as (url, _):
+        key = key_of("red", config)
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(
-                b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-red\r\n"
+                b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + key.encode() + b"\r\n"
                 b"Content-Type: multipart/form-data; boundary=b\r\nTransfer-Encoding: chunked\r\n\r\n"
             )
             part = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="a"\r\n\r\n'
@@ -103,6 +105,13 @@ def test_a_body_without_end_is_cut_off_while_it_arrives(config: ServeConfig) -> 
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"body_too_large" in answer
     assert num_sent < 20_000_000
+
+
+def key_of(tenant: str, config: ServeConfig) -> str:
+    store = JobStore(config.resolved_database_url)
+    _, secret = store.create_key(tenant)
+    store.close()
+    return secret
 
 
 def send_chunk(connection: socket.socket, data: bytes) -> None:

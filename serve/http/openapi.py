@@ -1,0 +1,301 @@
+"""The document at /openapi.json: what FastAPI reads off the routes, and what only we know.
+
+That is the bodies of POST in both their forms with the limits of the model that is served, the errors of
+every route with their codes, and what is no JSON: files and event streams. A test (Schemathesis) holds
+the API to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from pusa_dist.config import ModelConfig
+from pusa_dist.request import MAX_PROMPT_BYTES, MAX_SEED
+from serve.config import UploadLimits
+from serve.http.errors import ErrorBody
+from serve.http.events import DeletedEvent, PreviewEvent, ProgressEvent
+from serve.http.repeats import MAX_KEY_LENGTH
+from serve.http.schemas import ConditioningBody, PusaBody, VideoBody
+
+Json = dict[str, Any]
+
+CODES: Mapping[int, Sequence[str]] = {
+    400: (
+        "animated_image", "clip_too_short", "conflict", "duplicate_field", "duplicate_position", "empty_prompt",
+        "image_too_large", "image_too_small", "input_out_of_range", "invalid_clip", "invalid_data_url",
+        "invalid_idempotency_key", "invalid_image", "invalid_json", "invalid_lora_alpha", "invalid_multipart",
+        "invalid_num_frames", "invalid_position", "invalid_reference", "invalid_seconds", "invalid_size",
+        "invalid_text", "invalid_type", "invalid_value", "invalid_webhook", "media_by_url_disabled",
+        "missing_conditioning", "missing_field", "missing_position", "moderation_refused", "not_a_clip",
+        "not_supported", "one_video", "out_of_range", "position_out_of_range", "prompt_too_long", "size_too_large",
+        "size_too_small", "too_many_inputs", "too_many_tokens", "too_short", "unexpected_file", "unknown_expert",
+        "unknown_field", "unsupported_media", "unused_input",
+    ),
+    401: ("invalid_api_key",),
+    403: ("tenant_erased",),
+    404: ("content_expired", "model_not_found", "unknown_route", "variant_not_found", "video_not_found"),
+    405: ("method_not_allowed",),
+    409: (
+        "already_finished", "cancelled", "idempotency_key_reused", "video_not_ready",
+        "the code of the failure of a job that has failed",
+    ),
+    413: ("body_too_large",),
+    415: ("unsupported_content_type",),
+    416: ("range_not_satisfiable",),
+    429: (
+        "cost_over_quota", "daily_cost_exceeded", "rate_limit_exceeded", "shape_over_quota", "too_many_queued",
+        "too_many_streams",
+    ),
+    500: ("internal_error",),
+    503: ("moderation_unavailable", "storage_unavailable", "too_many_streams"),
+}  # fmt: skip
+"""Every code an answer may carry, by status."""
+
+_MEANING = {
+    400: "A value that cannot be honoured; nothing was stored. `param` says which.",
+    401: "No valid key.",
+    403: "The tenant was erased.",
+    404: "It does not exist, or is another tenant's.",
+    409: "Not in the state this needs.",
+    413: "More bytes than are read.",
+    415: "Neither multipart nor JSON.",
+    416: "The range lies outside the file.",
+    429: "Over quota. `Retry-After` says when to try again; `x-should-retry: false` that it is pointless for now.",
+    500: "A fault of ours; quote `x-request-id`.",
+    503: "Try again later.",
+}
+_ALWAYS = (401, 500, 503)
+_ERRORS: Mapping[tuple[str, str], Sequence[int]] = {
+    ("/v1/videos", "post"): (400, 403, 404, 409, 413, 415, 429),
+    ("/v1/videos", "get"): (400,),
+    ("/v1/videos/extensions", "post"): (400, 403, 404, 409, 413, 415, 429),
+    ("/v1/videos/edits", "post"): (400, 413),
+    ("/v1/videos/characters", "post"): (400, 413),
+    ("/v1/videos/characters/{character_id}", "get"): (400,),
+    ("/v1/videos/{video_id}/remix", "post"): (400, 413),
+    ("/v1/videos/{video_id}", "get"): (404,),
+    ("/v1/videos/{video_id}", "delete"): (404, 413),
+    ("/v1/videos/{video_id}/cancel", "post"): (404, 409, 413),
+    ("/v1/videos/{video_id}/content", "get"): (400, 404, 409, 416),
+    ("/v1/videos/{video_id}/events", "get"): (404, 429),
+    ("/v1/usage", "get"): (400,),
+    ("/v1/models/{name}", "get"): (404,),
+}
+_NOT_OFFERED = ("/v1/videos/edits", "/v1/videos/characters", "/v1/videos/{video_id}/remix")
+_FILES = ("video/mp4", "image/webp", "image/jpeg", "application/zip")
+
+_DATA_URL = {
+    "type": "string",
+    "pattern": "^data:[^,]*;base64,",
+    "description": "A data URL, such as data:image/png;base64,...",
+}
+_IMAGE_EXAMPLE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGElEQVR42mP4z8BAEiJN9aiGUQ1DSgMA"
+    "CgP/ATEnUhkAAAAASUVORK5CYII="
+)
+
+
+def describe(app: FastAPI, model: ModelConfig, uploads: UploadLimits, require_keys: bool) -> Json:
+    """The OpenAPI 3.1 document of an API.
+
+    Args:
+        app: with its routes.
+        model: whose limits bodies must keep.
+        uploads: limits of bodies and their media.
+        require_keys: whether requests need one.
+    """
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = document["components"]["schemas"]
+    schemas.update(_schemas(model, uploads))
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            operation["responses"] = _responses(path, method, operation["responses"])
+    paths = document["paths"]
+    _set_body(paths["/v1/videos"]["post"], "CreateVideo", "input_reference")
+    _set_body(paths["/v1/videos/extensions"]["post"], "ExtendVideo", "video")
+    paths["/v1/videos/{video_id}/content"]["get"]["responses"].update(_content_answers())
+    paths["/v1/videos/{video_id}/events"]["get"]["responses"].update(_event_answers())
+    for path in _NOT_OFFERED:
+        del paths[path]["post"]["responses"]["200"]
+    del paths["/v1/videos/characters/{character_id}"]["get"]["responses"]["200"]
+    if require_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _responses(path: str, method: str, found: Json) -> Json:
+    answers = {status: answer for status, answer in found.items() if status not in ("4XX", "5XX", "422")}
+    for status in sorted((*_ALWAYS, *_ERRORS.get((path, method), ()))):
+        answers.setdefault(str(status), _error(status))
+    for answer in answers.values():
+        answer.setdefault("headers", {})["x-request-id"] = {"schema": {"type": "string"}, "required": True}
+    return answers
+
+
+def _error(status: int) -> Json:
+    codes = CODES[status]
+    example = {"error": {"message": _MEANING[status], "type": "invalid_request_error", "param": None, "code": codes[0]}}
+    return {
+        "description": f"{_MEANING[status]} Codes: {', '.join(codes)}.",
+        "content": {"application/json": {"schema": _ref("ErrorBody"), "example": example}},
+    }
+
+
+def _schemas(model: ModelConfig, uploads: UploadLimits) -> Json:
+    models: list[type[BaseModel]] = [
+        VideoBody, PusaBody, ConditioningBody, ErrorBody, ProgressEvent, PreviewEvent, DeletedEvent
+    ]  # fmt: skip
+    _, found = models_json_schema([(one, "validation") for one in models], ref_template="#/components/schemas/{model}")
+    schemas: Json = found["$defs"]
+    _limit(schemas["PusaBody"]["properties"], model)
+    video, ours = schemas.pop("VideoBody"), schemas["PusaBody"]["properties"]
+    video["properties"]["prompt"] |= {"minLength": 1, "maxLength": MAX_PROMPT_BYTES}
+    video["properties"]["model"]["anyOf"][0] |= {"enum": [model.name]}
+    reference = {
+        "anyOf": [
+            _DATA_URL,
+            {
+                "type": "object",
+                "properties": {"image_url": _DATA_URL, "video_url": _DATA_URL},
+                "additionalProperties": False,
+                "minProperties": 1,
+                "maxProperties": 1,
+            },
+        ]
+    }
+    made_here = {
+        "type": "object",
+        "properties": {"id": {"type": "string", "description": "Of a video made here."}},
+        "required": ["id"],
+        "additionalProperties": False,
+    }
+    references = {"type": "array", "items": reference, "maxItems": uploads.max_inputs}
+    both = {**video, "properties": {**video["properties"], **ours}}
+    schemas["CreateVideo"] = _with_media(both, "input_reference", {"anyOf": [reference, references, {"type": "null"}]})
+    schemas["ExtendVideo"] = _with_media(both, "video", {"anyOf": [*reference["anyOf"], made_here]}, required=True)
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    form = {**video, "properties": _as_text(video["properties"])}
+    files = {"type": "array", "items": file, "maxItems": uploads.max_inputs}
+    schemas["CreateVideoForm"] = _with_media(form, "input_reference", files)
+    schemas["ExtendVideoForm"] = _with_media(form, "video", file, required=True)
+    return schemas
+
+
+def _with_media(schema: Json, name: str, media: Json, *, required: bool = False) -> Json:
+    described = {"description": "Images and clips, in the order that `conditioning` counts them.", **media}
+    return {
+        **schema,
+        "properties": {**schema["properties"], name: described},
+        "required": [*schema["required"], *([name] if required else [])],
+    }
+
+
+def _as_text(properties: Json) -> Json:
+    """Properties of a JSON body as they are in a form: text, and only ``pusa`` is JSON."""
+    text = {name: _without_null(schema) for name, schema in properties.items()}
+    text["seconds"] = {**text["seconds"], "anyOf": [{"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$"}]}
+    return text
+
+
+def _without_null(schema: Json) -> Json:
+    if "anyOf" not in schema:
+        return schema
+    rest = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
+    return {**rest, "anyOf": [one for one in schema["anyOf"] if one != {"type": "null"}]}
+
+
+def _limit(ours: Json, model: ModelConfig) -> None:
+    """Write the limits of ``resolve_request`` into the schema of ``pusa``."""
+    limits = model.limits
+    for name, bounds in {
+        "num_inference_steps": {"minimum": 1, "maximum": limits.max_steps},
+        "guidance_scale": {"minimum": 1, "maximum": 30},
+        "shift": {"minimum": 0.1, "maximum": 100},
+        "seed": {"minimum": 0, "maximum": MAX_SEED},
+        "fps": {"minimum": 1, "maximum": 120},
+        "num_frames": {"enum": list(range(1, limits.max_frames + 1, 4))},
+        "negative_prompt": {"maxLength": MAX_PROMPT_BYTES},
+        "webhook": {"format": "uri", "pattern": "^https://"},
+    }.items():
+        ours[name]["anyOf"][0] |= bounds
+    ours["preview_every"]["maximum"] = limits.max_steps
+    strength = {"type": "number", "minimum": 0.1, "maximum": 5}
+    by_expert = {
+        "type": "object",
+        "properties": dict.fromkeys(model.lora.alpha if model.lora else (), strength),
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+    ours["lora_alpha"]["anyOf"] = [strength, by_expert, {"type": "null"}] if model.lora else [{"type": "null"}]
+
+
+def _set_body(operation: Json, schema: str, media_field: str) -> None:
+    fields = {"prompt": "a cat on a windowsill", "seconds": "2", "pusa": {"num_inference_steps": 4, "seed": 7}}
+    reference = {"image_url": _IMAGE_EXAMPLE}
+    is_extension = media_field == "video"
+    json_example = (
+        {**fields, "video": {"id": f"video_{'0' * 34}"}} if is_extension else {**fields, media_field: reference}
+    )
+    operation["requestBody"] = {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _ref(schema), "example": json_example},
+            "multipart/form-data": {
+                "schema": _ref(f"{schema}Form"),
+                "encoding": {
+                    "pusa": {"contentType": "application/json"},
+                    media_field: {"contentType": "image/*, video/mp4"},
+                },
+            },
+        },
+    }
+    operation.setdefault("parameters", []).append(
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "required": False,
+            "description": "However often a request arrives with it, it makes one video.",
+            "schema": {"type": "string", "maxLength": MAX_KEY_LENGTH},
+        }
+    )
+
+
+def _content_answers() -> Json:
+    files = {kind: {"schema": {"type": "string", "contentMediaType": kind}} for kind in _FILES}
+    return {
+        "200": {"description": "The file.", "content": files},
+        "206": {"description": "A range of it.", "content": files},
+        "302": {
+            "description": "Where a bucket serves it for the next hour; send no key there.",
+            "headers": {"Location": {"schema": {"type": "string", "format": "uri"}, "required": True}},
+        },
+    }
+
+
+def _event_answers() -> Json:
+    """Event streams have no schema of their own in OpenAPI; their data have."""
+    data = {"progress": "ProgressEvent", "preview": "PreviewEvent", "deleted": "DeletedEvent"}
+    data |= dict.fromkeys(("completed", "failed", "cancelled"), "ProgressEvent")
+    example = (
+        "id: 1-denoise-3-0\nevent: progress\n"
+        'data: {"id":"video_0","state":"in_progress","stage":"denoise","step":3,"num_steps":10,"attempt":1,'
+        '"estimated_seconds_left":12.5,"error":null}\n\n'
+    )
+    stream = {
+        "schema": {"type": "string"},
+        "example": example,
+        "x-data-of-events": {k: _ref(v) for k, v in data.items()},
+    }
+    return {
+        "200": {"description": "Events until the video ends.", "content": {"text/event-stream": stream}},
+        "204": {"description": "`Last-Event-ID` was the last event: there will be no other."},
+    }
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
