@@ -5,7 +5,7 @@ that was placed is a resident, one that was released is leaving), so that nothin
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serve.policy.tick import Resident, precedence, preempts
 
@@ -24,6 +24,8 @@ class Gang:
     lora: Hashable = None
     """Strengths that it has merged."""
     max_resident: int = 2
+    """Jobs that its ranks hold. One more may wait beside them, so that a gang that holds an interrupted job and
+    ends another need not go on with the interrupted one only because nothing else has come yet."""
     max_tokens: int | None = None
     """Of all residents together, as memory allows; a single one is always admitted."""
     is_draining: bool = False
@@ -49,24 +51,6 @@ class Release:
 Order = Place | Release
 
 
-@dataclass(slots=True, eq=False)
-class _Room:
-    """What is left of a gang while orders are made."""
-
-    gang: Gang
-    residents: list[Resident] = field(default_factory=list)
-    """Those that stay."""
-    running: Resident | None = None
-    num_free: int = 0
-    num_soon: int = 0
-    """Places that residents are leaving."""
-
-    def fits(self, job: Resident) -> bool:
-        """Whether memory allows one more."""
-        limit, held = self.gang.max_tokens, self.residents
-        return limit is None or not held or sum(one.claim.num_tokens for one in (*held, job)) <= limit
-
-
 def orders(gangs: Iterable[Gang], ready: Sequence[Resident], *, switch_s: float = 0.0) -> list[Order]:
     """What to do now.
 
@@ -80,113 +64,188 @@ def orders(gangs: Iterable[Gang], ready: Sequence[Resident], *, switch_s: float 
         ready: prepared jobs that are on no gang, in order.
         switch_s: seconds of a change of LoRA strength.
     """
-    rooms, made, num_coming = [], list[Order](), 0
+    made, idle, busy = list[Order](), list[Gang](), list[_Room]()
+    num_coming = num_emptying = 0
     for gang in gangs:
+        staying = [one for one in gang.residents if one.job_id not in gang.leaving]
         num_coming += len(gang.leaving)
         if gang.is_draining:
-            made += [Release(one.job_id, gang.name) for one in gang.residents if one.job_id not in gang.leaving]
+            made += [Release(one.job_id, gang.name) for one in staying]
+        elif staying:
+            busy.append(_room(gang, staying))
+        elif gang.residents:
+            num_emptying += 1
         else:
-            rooms.append(_room(gang))
-    idle = [room for room in rooms if not room.gang.residents]
-    first, rest = ready[: len(idle)], ready[len(idle) :]
-    made += _begin(first, idle)
-    busy = sorted((room for room in rooms if room.running is not None), key=_by_running, reverse=True)
-    for job in rest:
-        order = _interrupt(job, busy, switch_s) or _follow(job, busy, switch_s)
-        if order is not None and order is not _WAIT:
-            made.append(order)
+            idle.append(gang)
+    made += _begin(ready[: len(idle)], idle)
+    if len(ready) > len(idle):
+        board = _Board(busy, num_emptying, switch_s)
+        for job in ready[len(idle) :]:
+            board.put(job)
+        made += board.made
     num_coming += sum(isinstance(order, Release) for order in made)
-    made += _take_over(busy, len(idle) - len(first) - num_coming)
-    return made
+    return made + _take_over(busy, len(idle) - len(ready) - num_coming)
 
 
-_WAIT = Release("", "")
-"""A place is becoming free: no order."""
+@dataclass(slots=True, eq=False)
+class _Room:
+    """What is left of a busy gang while orders are made."""
+
+    gang: Gang
+    running: Resident
+    """The one that runs, or will."""
+    begun: list[Resident]
+    """Those that stay and have made a step here, the running one among them."""
+    waiting: list[Resident]
+    """Those that stay and have not: nothing is lost if one of them goes elsewhere."""
+    num_leaving: int
+    is_spoken_for: bool = False
+    """Whether the next place that becomes free is meant for a job."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a job may follow the running one."""
+        return not (self.waiting or self.is_spoken_for)
+
+    def fits(self, job: Resident) -> bool:
+        """Whether memory allows one more."""
+        limit = self.gang.max_tokens
+        return limit is None or sum(one.claim.num_tokens for one in (*self.begun, *self.waiting, job)) <= limit
 
 
-def _room(gang: Gang) -> _Room:
-    staying = [one for one in gang.residents if one.job_id not in gang.leaving]
-    running = next((one for one in staying if one.job_id == gang.running), None)
-    return _Room(
-        gang,
-        staying,
-        running or min(staying, key=precedence, default=None),
-        gang.max_resident - len(gang.residents),
-        len(gang.residents) - len(staying),
-    )
+def _room(gang: Gang, staying: list[Resident]) -> _Room:
+    running = next((one for one in staying if one.job_id == gang.running), None) or min(staying, key=precedence)
+    begun = [one for one in staying if one is running or one.step > one.claim.step]
+    waiting = [one for one in staying if one not in begun]
+    return _Room(gang, running, begun, waiting, len(gang.residents) - len(staying))
 
 
-def _by_running(room: _Room) -> tuple[float, bool, bool, float, str]:
-    assert room.running is not None
-    return precedence(room.running)
-
-
-def _begin(jobs: Sequence[Resident], idle: list[_Room]) -> list[Order]:
+def _begin(jobs: Sequence[Resident], idle: Sequence[Gang]) -> list[Order]:
+    left: dict[Hashable, list[Gang]] = {}
+    for gang in reversed(idle):
+        left.setdefault(gang.lora, []).append(gang)
     made, others = list[Order](), []
-    left = list(idle)
     for job in jobs:
-        same = next((room for room in left if room.gang.lora == job.claim.lora), None)
-        if same is None:
-            others.append(job)
-            continue
-        left.remove(same)
-        made.append(Place(job.job_id, same.gang.name))
-    made += [Place(job.job_id, room.gang.name) for job, room in zip(others, left, strict=False)]
-    return made
-
-
-def _interrupt(job: Resident, busy: list[_Room], switch_s: float) -> Order | None:
-    for room in busy:  # the gang whose running job is furthest ahead comes first
-        assert room.running is not None
-        if not preempts(job, room.running, switch_s):
-            continue
-        if room.num_free + room.num_soon:
-            order = _enter(job, room)
+        if same := left.get(job.claim.lora):
+            made.append(Place(job.job_id, same.pop().name))
         else:
-            order = _displace(job, room, [one for one in room.residents if one is not room.running])
-        if order is not None:
-            return order
-    return None
+            others.append(job)
+    rest = (gang for group in left.values() for gang in reversed(group))
+    return made + [Place(job.job_id, gang.name) for job, gang in zip(others, rest, strict=False)]
 
 
-def _follow(job: Resident, busy: list[_Room], switch_s: float) -> Order | None:
-    open_rooms = [room for room in busy if room.num_free and room.fits(job)] or [room for room in busy if room.num_soon]
-    if open_rooms:
-        return _enter(job, min(open_rooms, key=lambda room: _wait_s(job, room, switch_s)))
-    fresh = [(one, room) for room in busy for one in room.residents if one is not room.running and one.step == 0]
-    if not fresh:
-        return None
-    last, room = max(fresh, key=lambda pair: precedence(pair[0]))
-    return _displace(job, room, [last])
+class _Board:
+    """Busy gangs, sorted once by what jobs look for; jobs are put in order, so what one cannot have none after can.
+
+    Attributes:
+        made: the orders so far.
+    """
+
+    def __init__(self, busy: Sequence[_Room], num_emptying: int, switch_s: float) -> None:
+        self.made: list[Order] = []
+        self._num_emptying = num_emptying
+        self._switch_s = switch_s
+        self._furthest = sorted(busy, key=lambda room: precedence(room.running))
+        self._batch: dict[str, list[_Room]] = {}
+        for room in self._furthest:
+            if not room.running.claim.is_urgent:
+                self._batch.setdefault(room.running.claim.tenant, []).append(room)
+        self._soonest: dict[Hashable, list[_Room]] = {}
+        for room in sorted(busy, key=lambda room: room.running.cost, reverse=True):
+            if room.is_open and not room.num_leaving:
+                self._soonest.setdefault(room.running.claim.lora, []).append(room)
+        self._emptying = [room for room in busy if room.num_leaving and not room.waiting]
+        self._last = [(one, room) for room in busy for one in room.waiting]
+        self._last.sort(key=lambda pair: precedence(pair[0]))
+
+    def put(self, job: Resident) -> None:
+        """Find a place for a job; it may have to wait for one."""
+        own = self._batch.get(job.claim.tenant, []) if job.claim.is_urgent else []
+        if not (self._interrupt(job, own) or self._interrupt(job, self._furthest) or self._follow(job)):
+            self._replace(job)
+
+    def _interrupt(self, job: Resident, rooms: list[_Room]) -> bool:
+        for index in range(len(rooms) - 1, -1, -1):  # the furthest ahead first
+            room = rooms[index]
+            if not preempts(job, room.running, self._switch_s):
+                if not preempts(job, room.running):
+                    return False  # nor any that is less far
+                continue
+            is_done = self._make_way(job, room)
+            del rooms[index]  # if there is no way for this job, there is none for those after it
+            if is_done:
+                return True
+        return False
+
+    def _make_way(self, job: Resident, room: _Room) -> bool:
+        """A place on the ranks: free, becoming free, or that of a job that has not begun."""
+        places = room.gang.max_resident - len(room.begun)
+        if places <= 0 or room.is_spoken_for:
+            return False
+        if len(room.waiting) < places and room.fits(job):
+            self._enter(job, room, wait=len(room.waiting) + room.num_leaving >= places)
+            return True
+        if not room.waiting:
+            return False
+        last = max(room.waiting, key=precedence)
+        # A job in its own tenant's stead takes nothing from the one that waits, which comes back to wait for it.
+        is_in_stead = room.running.claim.tenant == job.claim.tenant != last.claim.tenant
+        return self._displace(job, last, room, at_any_rate=is_in_stead)
+
+    def _follow(self, job: Resident) -> bool:
+        """After the running job of the gang that is first done with its own, or in the next place that becomes free."""
+        if self._num_emptying:
+            self._num_emptying -= 1
+            return True
+        best: tuple[float, _Room] | None = None
+        for lora, rooms in self._soonest.items():
+            while rooms and not rooms[-1].is_open:
+                rooms.pop()
+            room = next((room for room in reversed(rooms) if room.is_open and room.fits(job)), None)
+            if room is None:
+                continue
+            wait_s = room.running.cost + (0.0 if lora == job.claim.lora else self._switch_s)
+            if best is None or wait_s < best[0]:
+                best = wait_s, room
+        if best is not None:
+            self._enter(job, best[1], wait=False)
+            return True
+        while self._emptying:
+            room = self._emptying.pop()
+            if room.is_open:
+                self._enter(job, room, wait=True)
+                return True
+        return False
+
+    def _replace(self, job: Resident) -> None:
+        """In the place of the last of all that wait on gangs, if that is to go after this one."""
+        while self._last:
+            last, room = self._last[-1]
+            if last not in room.waiting:
+                self._last.pop()
+                continue
+            self._displace(job, last, room, at_any_rate=False)
+            return
+
+    def _enter(self, job: Resident, room: _Room, *, wait: bool) -> None:
+        if wait:
+            room.is_spoken_for = True
+            return
+        room.waiting.append(job)
+        self.made.append(Place(job.job_id, room.gang.name))
+
+    def _displace(self, job: Resident, last: Resident, room: _Room, *, at_any_rate: bool) -> bool:
+        if precedence(last) <= precedence(job) and not at_any_rate:
+            return False
+        room.waiting.remove(last)
+        room.is_spoken_for = True
+        self.made.append(Release(last.job_id, room.gang.name))
+        return True
 
 
-def _wait_s(job: Resident, room: _Room, switch_s: float) -> float:
-    assert room.running is not None
-    return room.running.cost + (0.0 if room.running.claim.lora == job.claim.lora else switch_s)
-
-
-def _enter(job: Resident, room: _Room) -> Order | None:
-    if not room.fits(job):
-        return None
-    if not room.num_free:
-        room.num_soon -= 1
-        return _WAIT
-    room.num_free -= 1
-    room.residents.append(job)
-    return Place(job.job_id, room.gang.name)
-
-
-def _displace(job: Resident, room: _Room, candidates: list[Resident]) -> Order | None:
-    last = max(candidates, key=precedence, default=None)
-    if last is None or precedence(last) <= precedence(job):
-        return None
-    room.residents.remove(last)  # the place that it leaves is spoken for
-    return Release(last.job_id, room.gang.name)
-
-
-def _take_over(busy: list[_Room], num_idle: int) -> list[Order]:
+def _take_over(busy: Iterable[_Room], num_idle: int) -> list[Order]:
     if num_idle <= 0:
         return []
-    waiting = [(one, room) for room in busy for one in room.residents if one is not room.running]
-    waiting.sort(key=lambda pair: precedence(pair[0]))
-    return [Release(one.job_id, room.gang.name) for one, room in waiting[:num_idle]]
+    others = [(one, room) for room in busy for one in (*room.begun, *room.waiting) if one is not room.running]
+    others.sort(key=lambda pair: precedence(pair[0]))
+    return [Release(one.job_id, room.gang.name) for one, room in others[:num_idle]]

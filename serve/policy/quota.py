@@ -61,7 +61,7 @@ def check(quota: Quota, use: Use, *, cost: float, num_tokens: int, now: float) -
         now: Unix seconds.
     """
     return (
-        _shape(quota.max_tokens, num_tokens)
+        _never_fits(quota, cost, num_tokens)
         or _requests(quota.requests_per_minute, use.requests, now)
         or _cost(quota.cost_per_day, use.cost, cost, now)
         or _queued(quota.max_queued, use.queued)
@@ -78,18 +78,31 @@ def day_of(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).date().isoformat()
 
 
-def _shape(limit: int | None, num_tokens: int) -> Refusal | None:
-    if limit is None or num_tokens <= limit:
-        return None
-    message = f"the video has {num_tokens} tokens and this tenant may use {limit}: use a smaller size or fewer frames"
-    return _never("shape_over_quota", message, "size")
+def _never_fits(quota: Quota, cost: float, num_tokens: int) -> Refusal | None:
+    if quota.max_tokens is not None and num_tokens > quota.max_tokens:
+        return _never(
+            "shape_over_quota",
+            f"the video has {num_tokens} tokens and this tenant may use {quota.max_tokens}: "
+            "use a smaller size or fewer frames",
+            "size",
+        )
+    if quota.cost_per_day is not None and cost > quota.cost_per_day:
+        return _never(
+            "cost_over_quota",
+            f"the job needs about {cost:.3g} s of a gang and this tenant has {quota.cost_per_day:g} s a day: "
+            "use fewer steps, a smaller size or fewer frames",
+            "pusa.num_inference_steps",
+        )
+    if quota.requests_per_minute == 0:
+        return _never("rate_limit_exceeded", "this tenant may create no jobs; ask the operator for a quota")
+    if quota.max_queued == 0:
+        return _never("too_many_queued", "this tenant may queue no jobs; ask the operator for a quota")
+    return None
 
 
 def _requests(limit: int | None, used: int, now: float) -> Refusal | None:
     if limit is None or used < limit:
         return None
-    if limit == 0:
-        return _never("rate_limit_exceeded", "this tenant may create no jobs; ask the operator for a quota")
     wait = math.floor(60 - now % 60) + 1
     message = f"{limit} requests a minute are allowed; try again in {wait} s"
     return Refusal(code="rate_limit_exceeded", message=message, retry_after_s=wait, should_retry=True, param=None)
@@ -98,12 +111,6 @@ def _requests(limit: int | None, used: int, now: float) -> Refusal | None:
 def _cost(limit: float | None, used: float, cost: float, now: float) -> Refusal | None:
     if limit is None or used + cost <= limit:
         return None
-    if cost > limit:
-        message = (
-            f"the job needs about {cost:.3g} s of a gang and this tenant has {limit:g} s a day: "
-            "use fewer steps, a smaller size or fewer frames"
-        )
-        return _never("cost_over_quota", message, "pusa.num_inference_steps")
     wait = math.floor(_DAY_S - now % _DAY_S) + 1
     message = (
         f"the job needs about {cost:.3g} s of a gang and {max(0.0, limit - used):.3g} s of this tenant's {limit:g} s "
@@ -115,8 +122,6 @@ def _cost(limit: float | None, used: float, cost: float, now: float) -> Refusal 
 def _queued(limit: int | None, used: int) -> Refusal | None:
     if limit is None or used < limit:
         return None
-    if limit == 0:
-        return _never("too_many_queued", "this tenant may queue no jobs; ask the operator for a quota")
     message = f"{used} jobs are waiting and {limit} may; try again when one has begun, or cancel one"
     return Refusal(code="too_many_queued", message=message, retry_after_s=_QUEUE_RETRY_S, should_retry=True, param=None)
 
