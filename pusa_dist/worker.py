@@ -5,7 +5,7 @@ The same class runs under ``torchrun`` (``pusa_dist.generate``) and inside a Ray
 every rank the same calls in the same order, because most of them are collective.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,8 +95,11 @@ class Worker:
             given,
         ).to(self.options.device)
 
-    def restore(self, job_id: str, data: bytes) -> None:
+    def restore(self, job_id: str, data: bytes) -> int:
         """Make a generation resident that ``checkpoint`` wrote, on this gang or another of the same model.
+
+        Returns:
+            Steps done.
 
         Raises:
             CheckpointError: the bytes are no checkpoint, or one of another model, revision or precision.
@@ -110,6 +113,7 @@ class Worker:
                 "resume it on a gang like its own"
             )
         self._residents[job_id] = state.to(self.options.device)
+        return state.step
 
     def step(self, job_ids: Sequence[str]) -> dict[str, int]:
         """Advance residents that share a signature by one step in one forward.
@@ -126,9 +130,18 @@ class Worker:
         self._residents.update(zip(job_ids, states, strict=True))
         return {job_id: state.step for job_id, state in zip(job_ids, states, strict=True)}
 
-    def checkpoint(self, job_id: str) -> bytes:
-        """The resident's state, to be restored anywhere."""
-        return self._residents[job_id].to_bytes()
+    def checkpoint(self, job_id: str) -> tuple[int, bytes]:
+        """Steps done by a resident and its state, to be restored anywhere.
+
+        May be called from another thread while a step runs: it sees the state before or after the step.
+        """
+        state = self._residents[job_id]
+        return state.step, state.to_bytes()
+
+    def signature(self, job_id: str) -> Hashable:
+        """Equal for residents that may share the forward of their next step; None after the last one."""
+        state = self._residents[job_id]
+        return None if state.is_final else state.signature()
 
     def finish(self, job_id: str) -> Tensor:
         """Latents (C, F, H, W) in float32 on the CPU; the generation is no longer resident."""

@@ -17,11 +17,12 @@ from ray.serve.handle import DeploymentHandle
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
 from serve.config import DenoiserConfig, RoleConfig, ServeConfig, require_shared_stores
-from serve.denoiser import Denoiser
 from serve.dispatcher import Dispatcher
-from serve.gang import Gang, MakeWorker
-from serve.metrics import GangMetrics, JobMetrics
-from serve.serve_stages import ServeStages
+from serve.gang import MakeWorker
+from serve.gang_replica import DenoiserReplica
+from serve.metrics import JobMetrics
+from serve.scaling import num_wanted
+from serve.serve_stages import ActorGang, ServeStages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
 from serve.text_encoder import TextEncoder
@@ -42,11 +43,11 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class GatewayReplica:
     """The HTTP ingress; see ``serve.http.gateway``."""
 
-    def __init__(self, config: ServeConfig, dispatcher: Handle) -> None:
+    def __init__(self, config: ServeConfig, dispatcher: Handle, denoiser: Handle) -> None:
         from serve.http.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
 
         check_cluster(config)
-        self._dispatcher = dispatcher  # binds the dispatcher, and all behind it, into the application
+        self._behind = dispatcher, denoiser  # binds them, and all behind them, into the application
         self._gateway = Gateway(config, functools.partial(readiness, ray_serve.get_replica_context().app_name))
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -59,28 +60,28 @@ class GatewayReplica:
 class DispatcherReplica:
     """The dispatcher over the handles of the other roles; see ``serve.dispatcher``."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        precision: str,
-        text_encoder: Handle,
-        vae: Handle,
-        denoiser: Handle,
-    ) -> None:
+    def __init__(self, config: ServeConfig, model: str, precision: str, text_encoder: Handle, vae: Handle) -> None:
         check_cluster(config)
         self._store = JobStore(config.resolved_database_url)
         self._store.create_tables()
-        num_gangs = config.denoiser.max_replicas or config.denoiser.num_replicas
+        num_vaes = config.vae.max_replicas or config.vae.num_replicas
         self._dispatcher = Dispatcher(
             self._store,
             ArtifactStore(config.resolved_artifacts_url),
-            ServeStages(text_encoder, vae, denoiser),
+            ServeStages(text_encoder, vae),
             JobMetrics(),
-            window=num_gangs * config.denoiser.max_resident + 1,
+            model=model,
             precision=precision,
             job_deadline_s=config.job_deadline_s,
+            max_decoding=4 * NUM_THREADS * num_vaes,
+            handover_s=config.denoiser.handover_timeout_s,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
+
+    async def register(self, name: str, coordinator: Any, max_resident: int) -> int:
+        """A gang is there; returns how many there should be. See ``serve.gang_replica``."""
+        self._dispatcher.register(name, ActorGang(coordinator), max_resident)
+        return num_wanted(self._dispatcher.num_unfinished, max_resident)
 
     async def check_health(self) -> None:
         """Raise if the loop has ended."""
@@ -92,20 +93,6 @@ class DispatcherReplica:
         await self._dispatcher.close()
         await self._running
         self._store.close()
-
-
-class DenoiserReplica(Denoiser):
-    """The coordinator, in the same placement group as its ranks; see ``serve.denoiser``."""
-
-    def __init__(self, config: DenoiserConfig, make_worker: MakeWorker) -> None:
-        self._metrics = GangMetrics()
-        gang = Gang(config, make_worker, ray.util.get_current_placement_group())
-        self.pids = gang.start()
-        super().__init__(config, gang, self._metrics.step)
-
-    async def rank_pids(self) -> list[int]:
-        """Process ids of the ranks, for operators and tests."""
-        return self.pids
 
 
 def build_app(args: ServeConfig) -> ray_serve.Application:
@@ -144,12 +131,17 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=NUM_THREADS).bind(
         model, config.vae.device, config.resolved_artifacts_url
     )
-    denoiser = _gang_deployment(config).bind(config.denoiser, make_worker)
-    dispatcher = _deployment(DispatcherReplica, DISPATCHER, config.dispatcher, graceful_shutdown_timeout_s=20.0).bind(
-        config, model.precision_on(config.denoiser.device), text_encoder, vae, denoiser
-    )
+    denoiser = _gang_deployment(config).bind(config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER)
+    handover_s = config.denoiser.handover_timeout_s + 30.0
+    dispatcher = _deployment(
+        DispatcherReplica,
+        DISPATCHER,
+        config.dispatcher,
+        max_ongoing_requests=200,
+        graceful_shutdown_timeout_s=handover_s,
+    ).bind(config, model.name, model.precision_on(config.denoiser.device), text_encoder, vae)
     ingress: Any = ray_serve.ingress()(GatewayReplica)
-    return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=200).bind(config, dispatcher)
+    return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=200).bind(config, dispatcher, denoiser)
 
 
 def check_cluster(config: ServeConfig) -> None:
@@ -191,7 +183,8 @@ async def readiness(app_name: str) -> dict[str, bool]:
 
 
 def _deployment(cls: Any, name: str, role: RoleConfig, **options: Any) -> Any:
-    options = {**_HEALTH, "graceful_shutdown_timeout_s": 600.0, **_scale(role, options), **options}
+    scale = _scale(role, target_ongoing_requests=max(1.0, 0.5 * options["max_ongoing_requests"]))
+    options = {**_HEALTH, "graceful_shutdown_timeout_s": 600.0, **scale, **options}
     return ray_serve.deployment(name=name, ray_actor_options=_actor_options(role), **options)(cls)
 
 
@@ -204,31 +197,26 @@ def _gang_deployment(config: ServeConfig) -> Any:
     if not bundle:
         raise ConfigError("denoiser: num_cpus, num_gpus and resources are all empty; a rank must ask for something")
     world_size = role.parallel.world_size
-    options: dict[str, Any] = {"max_ongoing_requests": role.max_resident}
+    options: dict[str, Any] = {}
     if role.label_selector:
         options["placement_group_bundle_label_selector"] = [role.label_selector] * world_size
     return ray_serve.deployment(
         name=DENOISER,
-        ray_actor_options={"num_cpus": 0},  # the coordinator only waits; it sits beside rank 0
+        ray_actor_options={"num_cpus": 0},  # it only waits, as its coordinator does; both sit beside rank 0
         placement_group_bundles=[bundle] * world_size,
         placement_group_strategy="STRICT_SPREAD" if role.spread else "STRICT_PACK",
-        graceful_shutdown_timeout_s=config.job_deadline_s,
+        graceful_shutdown_timeout_s=role.handover_timeout_s + 10.0,
         **_HEALTH,
-        **_scale(role, options),
+        **_scale(role, policy={"policy_function": "serve.scaling:gangs_for_backlog"}),
         **options,
     )(DenoiserReplica)
 
 
-def _scale(role: RoleConfig, options: dict[str, Any]) -> dict[str, Any]:
+def _scale(role: RoleConfig, **how: Any) -> dict[str, Any]:
     if role.max_replicas is None:
         return {"num_replicas": role.num_replicas}
-    return {
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=role.num_replicas,
-            max_replicas=role.max_replicas,
-            target_ongoing_requests=max(1.0, 0.5 * options.get("max_ongoing_requests", 2)),
-        )
-    }
+    bounds = {"min_replicas": role.num_replicas, "max_replicas": role.max_replicas}
+    return {"autoscaling_config": AutoscalingConfig(**bounds, **how)}
 
 
 def _actor_options(role: RoleConfig) -> dict[str, Any]:

@@ -59,10 +59,19 @@ class DenoiserConfig(RoleConfig):
     """Jobs a gang holds at once."""
     step_deadline_floor_s: float = Field(10.0, gt=0)
     """A step is hung after ``max(floor, 5 x predicted)`` seconds."""
-    first_step_allowance_s: float = Field(60.0, ge=0)
+    first_step_allowance_s: float = Field(20.0, ge=0)
     """Added to the deadline of a job shape's first step (compilation, allocation)."""
-    ping_timeout_s: float = Field(5.0, gt=0)
-    """An idle rank that does not answer within this is dead."""
+    ping_timeout_s: float = Field(8.0, gt=0)
+    """A rank that does not answer within this is dead, idle or busy."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Steps that a job runs at most beyond its last published checkpoint: what a fault may cost it."""
+    resident_lease_s: float = Field(8.0, gt=0)
+    """A job whose dispatcher was silent this long is dropped."""
+    shared_forward_max_tokens: int = Field(0, ge=0)
+    """Jobs of one shape share forwards of up to this many tokens in all; 0: never. Small shapes gain by it,
+    and end within rounding of what they would be alone."""
+    handover_timeout_s: float = Field(120.0, gt=0)
+    """Longest time a gang that is replaced or scaled down is given to finish its step and hand over its jobs."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Rendezvous and loading of weights."""
 
@@ -78,7 +87,18 @@ class UploadLimits(Settings):
     """What the gateway accepts before anything is stored."""
 
     max_body_bytes: int = Field(64 * 2**20, ge=1)
+    """Media that are fetched count, too."""
     max_inputs: int = Field(32, ge=1)
+    decoders: int = Field(2, ge=1)
+    """Files that a gateway decodes at the same time, in processes of their own."""
+    decode_timeout_s: float = Field(30.0, gt=0)
+    """For one file, in seconds of waiting and of processor time."""
+    decode_memory_mib: int = Field(1536, ge=512)
+    """Address space of a decoder, of which its libraries take about 400."""
+    media_by_url: bool = False
+    """Fetch media that are given as https URLs of public addresses."""
+    media_by_url_timeout_s: float = Field(20.0, gt=0)
+    """For all the URLs of a request together."""
 
 
 class ServeConfig(Settings):

@@ -1,81 +1,100 @@
-"""The denoiser: one replica is the coordinator of one gang.
+"""The denoiser: coordinator of one gang.
 
 It holds a few jobs, lets a pure policy choose who steps next, gives every rank the same calls in the
-same order, and tells each job's caller of its steps. No tensor passes through it and it does no
-arithmetic, so its loop is always free to answer.
+same order, and tells each job's stream of its steps and checkpoints. No tensor passes through it and
+it does no arithmetic, so its loop is always free to answer.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 
 from pusa_dist.errors import GangError, PusaError
-from pusa_dist.request import GenerationRequest
 from serve.config import DenoiserConfig
-from serve.gang import Gang
-from serve.policy.step_deadline import StepShape, deadline, observed
-from serve.policy.steps import Resident, next_step
-from serve.stages import Finished, GangUnavailableError, Progress, TensorRef
+from serve.gang import Gang, Held
+from serve.policy import tick
+from serve.policy.cost import StepShape, observed
+from serve.policy.step_deadline import deadline
+from serve.resident import Resident
+from serve.stages import (
+    Assignment,
+    Checkpoint,
+    Checkpointed,
+    Conditions,
+    Finished,
+    GangState,
+    GangUnavailableError,
+    Message,
+    Progress,
+    Released,
+    Renewal,
+    ReplicaLostError,
+    TensorRef,
+)
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, float], None]
 """Told the tokens and the seconds of every step."""
 
-
-@dataclass(slots=True, eq=False)
-class _Resident:
-    job_id: str
-    request: GenerationRequest
-    tensors: tuple[TensorRef | None, ...]
-    arrival: int
-    messages: "asyncio.Queue[Progress | Finished | PusaError]" = field(default_factory=asyncio.Queue)
-    is_admitted: bool = False
-    is_gone: bool = False
-    """Its caller no longer listens: cancelled."""
-
-    @property
-    def name(self) -> str:
-        # A job that comes back to the gang that holds its cancelled self is another resident.
-        return f"{self.job_id}#{self.arrival}"
+_TICK_S = 0.5
+_RETRY_S = 2.0
+"""After a checkpoint that could not be written."""
+_LINGER_S = 0.5
+"""After the last message of a gang that leaves: its end must not overtake it on the way."""
+_GRACE_S = 2.0
+"""A renewal may have been on its way when a job came: it does not end one younger than this."""
 
 
 class Denoiser:
     """Coordinator of a started gang."""
 
-    def __init__(self, config: DenoiserConfig, gang: Gang, on_step: OnStep | None = None) -> None:
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        gang: Gang,
+        on_step: OnStep | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         self._gang = gang
         self._on_step = on_step
-        self._residents: list[_Resident] = []
+        self._clock = clock
+        self._residents: list[Resident] = []
+        self._to_drop: list[str] = []
+        """Names that the ranks still hold though their jobs have left."""
         self._num_arrivals = 0
+        self._running: str | None = None
+        """Name of the resident that the last step ran for."""
+        self._lora: Hashable = None
+        """Strengths that the ranks have merged."""
+        self._switch_s = 0.0
+        """Seconds that a change of strength was seen to take."""
         self._step_seconds: dict[StepShape, float] = {}
         self._changed = asyncio.Event()
+        self._is_leaving = False
+        self._handing_over: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def generate(
-        self,
-        job_id: str,
-        request: GenerationRequest,
-        context: TensorRef,
-        negative_context: TensorRef | None,
-        given: TensorRef | None,
-    ) -> AsyncGenerator[Progress | Finished, None]:
-        """Denoise one job; yields when the gang holds it (step 0), after each step, then where the latents are.
-
-        Closing the generator drops the job at its next step boundary.
-
-        Raises:
-            GangError: the gang was lost while it held the job.
-            GangUnavailableError: the gang had been lost before.
-            PusaError: the job's own error, such as NumericsError.
-        """
+    async def generate(self, assignment: Assignment) -> AsyncGenerator[Message, None]:
+        """See ``GangHandle.generate``; closing the generator drops the job at its next step boundary."""
         if self._gang.error is not None:
             raise GangUnavailableError(f"the gang is being replaced: {self._gang.error}")
+        if self._is_leaving:
+            raise GangUnavailableError("the gang is leaving")
         self._start()
-        resident = _Resident(job_id, request, (context, negative_context, given), self._num_arrivals)
+        for former in self._residents:
+            if former.job_id == assignment.job_id and former.attempt <= assignment.attempt:
+                self._forget(former, "another attempt at its job came")
+        resident = Resident(
+            assignment=assignment,
+            arrival=self._num_arrivals,
+            renewed_at=self._clock(),
+            claim=assignment.claim,
+            step=assignment.step,
+            published=assignment.step,
+        )
         self._num_arrivals += 1
         self._residents.append(resident)
         self._changed.set()
@@ -85,27 +104,102 @@ class Denoiser:
                 if isinstance(message, PusaError):
                     raise message
                 yield message
-                if isinstance(message, Finished):
+                if isinstance(message, Finished | Released):
                     return
         finally:
             resident.is_gone = True
             self._changed.set()
 
+    async def release(self, job_id: str, attempt: int) -> None:
+        """See ``GangHandle.release``."""
+        if (resident := self._find(job_id, attempt)) is not None:
+            self._hand_over(resident)
+
+    async def drop(self, job_id: str, attempt: int) -> None:
+        """Forget the job at its next step."""
+        if (resident := self._find(job_id, attempt)) is not None:
+            resident.is_gone = True
+            self._changed.set()
+
+    async def published(self, job_id: str, attempt: int, step: int) -> None:
+        """See ``GangHandle.published``."""
+        if (resident := self._find(job_id, attempt)) is not None:
+            resident.published = max(resident.published, step)
+            self._changed.set()
+
+    async def hold(self, owner: str, renewals: Mapping[str, Renewal]) -> GangState:
+        """See ``GangHandle.hold``."""
+        now = self._clock()
+        for resident in [one for one in self._residents if one.assignment.owner == owner]:
+            renewal = renewals.get(resident.job_id)
+            if renewal is not None and renewal.attempt == resident.attempt:
+                resident.renewed_at, resident.claim = now, renewal.claim
+                resident.published = max(resident.published, renewal.published_step)
+            elif now - resident.renewed_at >= _GRACE_S:
+                self._forget(resident, "its owner does not hold it any more")
+        self._changed.set()
+        return self.state(owner)
+
+    async def leave(self, node_id: str | None = None) -> int:
+        """Take no more jobs and hand over those that are here, each within one step; returns how many.
+
+        Args:
+            node_id: only if a rank is on this Ray node; None: in any case.
+        """
+        if node_id is not None and node_id not in self._gang.node_ids:
+            return 0
+        self._is_leaving = True
+        leaving = list(self._residents)
+        for resident in leaving:
+            self._hand_over(resident)
+        await _until(lambda: not self._residents or self._gang.error is not None)
+        await _until(lambda: all(one.is_gone for one in leaving))  # every last message has been taken
+        await asyncio.sleep(_LINGER_S)
+        return len(leaving)
+
     async def check_health(self) -> None:
-        """Raise if the gang is lost or the loop has died: Serve then replaces the replica."""
+        """Raise if the gang is lost or the loop has died: the denoiser is then replaced."""
         self._start()
         self._gang.check()
         for task in self._tasks:
             if task.done():
                 task.result()
 
+    def state(self, owner: str) -> GangState:
+        """What this owner should know."""
+        return GangState(
+            num_others=sum(one.assignment.owner != owner and not one.is_gone for one in self._residents),
+            is_closed=self._is_leaving or self._gang.error is not None,
+            lora=self._lora,
+            switch_s=self._switch_s,
+        )
+
+    def _find(self, job_id: str, attempt: int) -> Resident | None:
+        return next((one for one in self._residents if (one.job_id, one.attempt) == (job_id, attempt)), None)
+
+    def _forget(self, resident: Resident, why: str) -> None:
+        if not resident.is_gone:
+            logger.warning("job %s: attempt %d dropped: %s", resident.job_id, resident.attempt, why)
+            resident.is_gone = True
+            resident.messages.put_nowait(ReplicaLostError(f"the gang dropped the job: {why}"))
+
     def _start(self) -> None:
         if not self._tasks:
-            self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._watch())]
+            run = (self._run(), self._watch_ranks(), self._watch_owners())
+            self._tasks = [asyncio.ensure_future(one) for one in run]
 
-    async def _watch(self) -> None:
+    async def _watch_ranks(self) -> None:
         await self._gang.watch()
         self._fail_all()
+
+    async def _watch_owners(self) -> None:
+        while self._gang.error is None:
+            await asyncio.sleep(_TICK_S)
+            now = self._clock()
+            for resident in self._residents:
+                if now - resident.renewed_at > self._config.resident_lease_s:
+                    self._forget(resident, f"its owner was silent for {self._config.resident_lease_s:g} s")
+            self._changed.set()
 
     async def _run(self) -> None:
         try:
@@ -130,80 +224,173 @@ class Denoiser:
 
     async def _drop_gone(self) -> None:
         for resident in [one for one in self._residents if one.is_gone]:
+            self._remove(resident)
+        while self._to_drop:
+            deadline_s = self._config.step_deadline_floor_s
+            await self._gang.call("drop", self._to_drop.pop(), deadline_s=deadline_s)
+
+    def _remove(self, resident: Resident) -> None:
+        if resident in self._residents:
             self._residents.remove(resident)
             if resident.is_admitted:
-                await self._drop(resident)
+                self._to_drop.append(resident.name)
 
     async def _admit_waiting(self) -> None:
         for resident in self._residents[: self._config.max_resident]:
-            if resident.is_admitted or resident.is_gone:
+            if resident.is_admitted or resident.is_leaving or resident.is_gone:
                 continue
-            tensors = (None if one is None else one.ref for one in resident.tensors)
-            resident.is_admitted = True
-            resident.messages.put_nowait(Progress(step=0, num_steps=resident.request.num_inference_steps, seconds=0.0))
+            resident.is_admitted = resident.is_busy = True
+            self._tell_progress(resident, 0.0)
             try:
-                # The ranks fetch the tensors first, maybe from other nodes.
-                patience_s = self._config.step_deadline_floor_s + self._config.first_step_allowance_s
-                await self._gang.call("admit", resident.name, resident.request, *tensors, deadline_s=patience_s)
+                self._now(resident, await self._admit(resident))
+                await self._finish_if_done(resident)  # a checkpoint may have been written after the last step
             except GangError:
                 raise
             except PusaError as error:
-                await self._give_up(resident, error)
+                self._give_up(resident, error)
+            finally:
+                resident.is_busy = False
+
+    async def _admit(self, resident: Resident) -> Held:
+        # The ranks fetch the tensors first, maybe from other nodes.
+        patience_s = self._config.step_deadline_floor_s + self._config.first_step_allowance_s
+        source, request = resident.assignment.source, resident.assignment.request
+        if isinstance(source, Conditions):
+            tensors = (None if one is None else one.ref for one in (source.context, source.negative, source.given))
+            (held, *_) = await self._gang.call("admit", resident.name, request, *tensors, deadline_s=patience_s)
+            return held
+        return await self._gang.restore(resident.name, source.key, patience_s)
 
     async def _step(self) -> None:
-        admitted = {one.name: one for one in self._residents if one.is_admitted and not one.is_gone}
-        chosen = next_step(Resident(job_id=name, arrival=one.arrival) for name, one in admitted.items())
-        if not chosen:
+        stepping = self._choose()
+        if not stepping:
             self._changed.clear()
-            if not any(one.is_gone for one in self._residents):
+            if not self._to_drop and not any(one.is_gone for one in self._residents):
                 await self._changed.wait()
             return
-        stepping = [admitted[name] for name in chosen]
+        names = [one.name for one in stepping]
+        shape = _shape(stepping)
         started = time.perf_counter()
+        for resident in stepping:
+            resident.is_busy = True
         try:
-            (steps, *_) = await self._gang.call("step", list(chosen), deadline_s=self._deadline(stepping))
+            (held, *_) = await self._gang.call("step", names, deadline_s=self._deadline(shape))
+            seconds = time.perf_counter() - started
+            self._measured(shape, seconds, stepping[0].claim.lora)
+            self._running = names[0]
+            for resident in stepping:
+                self._now(resident, held[resident.name])
+                self._tell_progress(resident, seconds, shape.num_tokens, len(stepping))
+                await self._finish_if_done(resident)
         except GangError:
             raise
         except PusaError as error:
             for resident in stepping:
-                await self._give_up(resident, error)
-            return
-        seconds = time.perf_counter() - started
-        self._measured(stepping, seconds)
-        for resident in stepping:
-            await self._advanced(resident, steps[resident.name], seconds)
+                self._give_up(resident, error)
+        finally:
+            for resident in stepping:
+                resident.is_busy = False
 
-    async def _advanced(self, resident: _Resident, step: int, seconds: float) -> None:
-        num_steps = resident.request.num_inference_steps
-        resident.messages.put_nowait(Progress(step=step, num_steps=num_steps, seconds=seconds))
-        if step == num_steps:
+    def _choose(self) -> list[Resident]:
+        """Who makes the next step; nobody while the one whose turn it is waits for its checkpoint."""
+        every = self._config.checkpoint_every
+        steady = {one.name: one for one in self._residents if one.is_steady}
+        for resident in steady.values():
+            if resident.is_due(every):
+                resident.saving = asyncio.ensure_future(self._save(resident))
+        names = tick.next_step(
+            (one.seen(name) for name, one in steady.items()),
+            running=self._running,
+            lora=self._lora,
+            switch_s=self._switch_s,
+            share_tokens=self._config.shared_forward_max_tokens,
+        )
+        chosen = [steady[name] for name in names]
+        return chosen if all(one.may_step(every) for one in chosen) else []
+
+    def _now(self, resident: Resident, held: Held) -> None:
+        resident.step, resident.signature = held.step, held.signature
+
+    def _tell_progress(self, resident: Resident, seconds: float, num_tokens: int = 0, num_sharing: int = 1) -> None:
+        progress = Progress(
+            step=resident.step,
+            num_steps=resident.num_steps,
+            seconds=seconds,
+            num_tokens=num_tokens,
+            num_sharing=num_sharing,
+        )
+        resident.messages.put_nowait(progress)
+
+    async def _finish_if_done(self, resident: Resident) -> None:
+        if resident.step == resident.num_steps:
             latents = await self._gang.finish(resident.name, self._config.step_deadline_floor_s)
-            self._residents.remove(resident)
+            self._residents = [one for one in self._residents if one is not resident]
             resident.messages.put_nowait(Finished(latents=TensorRef(latents)))
 
-    async def _give_up(self, resident: _Resident, error: PusaError) -> None:
+    async def _save(self, resident: Resident) -> None:
+        """Write a checkpoint; until it is published the job may run on for a while, then it waits."""
+        prefix = f"jobs/{resident.job_id}/checkpoints/{resident.attempt}"
+        try:
+            step, key = await self._gang.checkpoint(resident.name, prefix)
+        except GangError:
+            return  # the gang has logged and kept the reason
+        except Exception as error:  # noqa: BLE001 - whatever the store raised: it is tried again
+            if resident in self._residents and not resident.is_gone:
+                logger.warning("job %s: no checkpoint at step %d: %s", resident.job_id, resident.step, error)
+                await asyncio.sleep(_RETRY_S)
+        else:
+            if resident.is_gone:
+                await self._gang.discard(key)
+                return
+            resident.saved = Checkpoint(key=key, step=step)
+            resident.messages.put_nowait(Checkpointed(checkpoint=resident.saved))
+        finally:
+            resident.saving = None
+            self._changed.set()
+
+    def _hand_over(self, resident: Resident) -> None:
+        if not resident.is_leaving and not resident.is_gone:
+            resident.is_leaving = True
+            task = asyncio.ensure_future(self._release(resident))
+            self._handing_over.add(task)
+            task.add_done_callback(self._handing_over.discard)
+
+    async def _release(self, resident: Resident) -> None:
+        await _until(lambda: not resident.is_busy)
+        if resident.saving is not None:
+            await asyncio.wait({resident.saving})
+        newest = max(resident.assignment.step, resident.saved.step if resident.saved else 0)
+        if resident in self._residents and resident.is_admitted and newest < resident.step:
+            await self._save(resident)
+        if resident in self._residents:  # else it has finished, or the gang is lost
+            resident.messages.put_nowait(resident.released())
+            self._remove(resident)
+            self._changed.set()
+
+    def _give_up(self, resident: Resident, error: PusaError) -> None:
         resident.messages.put_nowait(error)
-        self._residents.remove(resident)
-        await self._drop(resident)
+        self._remove(resident)
 
-    async def _drop(self, resident: _Resident) -> None:
-        await self._gang.call("drop", resident.name, deadline_s=self._config.step_deadline_floor_s)
-
-    def _deadline(self, stepping: list[_Resident]) -> float:
+    def _deadline(self, shape: StepShape) -> float:
         config = self._config
-        return deadline(
-            _shape(stepping), self._step_seconds, config.step_deadline_floor_s, config.first_step_allowance_s
-        )
+        return deadline(shape, self._step_seconds, config.step_deadline_floor_s, config.first_step_allowance_s)
 
-    def _measured(self, stepping: list[_Resident], seconds: float) -> None:
-        shape = _shape(stepping)
-        self._step_seconds[shape] = observed(seconds, self._step_seconds.get(shape))
+    def _measured(self, shape: StepShape, seconds: float, lora: Hashable) -> None:
+        usual = self._step_seconds.get(shape)
+        if lora == self._lora or usual is None:
+            self._step_seconds[shape] = observed(seconds, usual)
+        else:
+            self._switch_s = max(0.0, seconds - usual)
+        self._lora = lora
         if self._on_step is not None:
             self._on_step(shape.num_tokens, seconds)
 
 
-def _shape(stepping: list[_Resident]) -> StepShape:
-    return StepShape(
-        num_tokens=sum(one.request.num_tokens for one in stepping),
-        uses_guidance=stepping[0].request.uses_guidance,
-    )
+def _shape(stepping: list[Resident]) -> StepShape:
+    requests = [one.assignment.request for one in stepping]
+    return StepShape(num_tokens=sum(one.num_tokens for one in requests), uses_guidance=requests[0].uses_guidance)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - a few times a day, and many things make it true
+        await asyncio.sleep(0.005)

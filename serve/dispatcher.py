@@ -1,24 +1,28 @@
 """The dispatcher: takes jobs from the store and drives each through its stages.
 
 Everything it knows of a job is in the store, so it may die at any moment: the next dispatcher takes
-over what it held when the lease runs out. It never sees a tensor, only references.
+over what it held when the lease runs out, and goes on from its checkpoints. It never sees a tensor,
+only references. Any number of dispatchers may share a store: each job is claimed by one.
 """
 
 import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
-from pusa_dist.errors import GangError, NumericsError, PusaError, RequestError
-from serve.policy.order import Waiting, in_order
-from serve.stages import Finished, GangUnavailableError, ReplicaLostError, Stages, TensorRef
+from pusa_dist.errors import CheckpointError, GangError, NumericsError, PusaError, RequestError
+from serve.attempt import Attempt, run_stages
+from serve.gangs import Gangs
+from serve.ledger import Ledger
+from serve.policy.admission import Held, Queued, claims
+from serve.policy.fairness import Turn, Waiting
+from serve.policy.priority import is_urgent
+from serve.stages import Checkpoint, GangHandle, ReplicaLostError, Stages
 from serve.store.artifacts import ArtifactStore
-from serve.store.jobs import Artifact, Job, JobStore, Stage
+from serve.store.jobs import Artifact, Job, JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +31,15 @@ T = TypeVar("T")
 POLL_S = 0.1
 LEASE_S = 10.0
 REPLACEMENT_S = 3.0
-GANG_POLL_S = 0.5
 MAX_GANG_DEATHS = 2
 """A job that was on a gang this many times when it died is failed."""
-MAX_ATTEMPTS = 6
+MAX_ATTEMPTS = 10
 """A job whose processes were lost this many times, for whatever reason, is failed."""
-_QUEUE_PAGE = 200
+_MAX_PER_TENANT = 32
+"""Jobs of a tenant and class that are looked at when some are claimed."""
+_DB_SHARE = 0.1
+"""The queue is looked at again after that much longer than the look took: never more than a tenth of the time."""
+_DB_THREADS = 4
 
 
 class Metrics(Protocol):
@@ -42,39 +49,26 @@ class Metrics(Protocol):
     def requeued(self, reason: str) -> None: ...  # noqa: D102
     def stage(self, stage: str, seconds: float) -> None: ...  # noqa: D102
     def depth(self, counts: Any) -> None: ...  # noqa: D102
-
-
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """One job in the dispatcher's hands."""
-
-    job: Job
-    stage: Stage = "text"
-    step: int = 0
-    is_reported: bool = False
-    """Whether the store knows this stage and step."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    stop: Literal["cancelled", "stale"] | None = None
-    """Why it is being stopped: its owner asked, or another attempt has taken over."""
-    is_over: bool = False
-    """Its stages have ended; what is left is to write how, and no request to stop may interrupt that."""
-    task: "asyncio.Task[None] | None" = None
+    def gangs(self, num_gangs: int, num_free: int) -> None: ...  # noqa: D102
+    def checkpointed(self) -> None: ...  # noqa: D102
 
 
 class Dispatcher:
-    """Drives up to ``window`` jobs at once.
+    """Drives jobs of one model.
 
     Args:
         store: jobs.
         artifacts: where an attempt that published nothing leaves no files.
-        stages: the rest of the cluster.
+        stages: text encoder and VAE; gangs register.
         metrics: where outcomes are reported.
-        window: jobs in flight; more than the gangs hold, so that text and VAE work overlaps denoising.
-        precision: what the denoiser computes in, recorded with every job.
+        model: name of the model that the gangs hold.
+        precision: what they compute in, recorded with every job.
         job_deadline_s: a job not finished this long after it was created is failed.
+        max_decoding: no job is taken while this many wait for the VAE.
         lease_s: another dispatcher takes over this long after this one has died.
         replacement_s: how long a job waits after a process of it was lost, so that Ray Serve has noticed
             and the next attempt does not go to the same dead replica.
+        handover_s: how long ``close`` waits for the gangs to hand over what they hold.
         clock: Unix seconds.
     """
 
@@ -85,65 +79,111 @@ class Dispatcher:
         stages: Stages,
         metrics: Metrics,
         *,
-        window: int,
+        model: str,
         precision: str,
         job_deadline_s: float,
+        max_decoding: int = 8,
         lease_s: float = LEASE_S,
         replacement_s: float = REPLACEMENT_S,
+        handover_s: float = 120.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._artifacts = artifacts
         self._stages = stages
         self._metrics = metrics
-        self._window = window
+        self._model = model
         self._precision = precision
         self._job_deadline_s = job_deadline_s
+        self._max_decoding = max_decoding
         self._lease_s = lease_s
         self._replacement_s = replacement_s
+        self._handover_s = handover_s
         self._clock = clock
         self._owner = secrets.token_hex(8)
-        self._attempts: dict[str, _Attempt] = {}
-        self._database = ThreadPoolExecutor(1, "database")
+        self._ledger = Ledger(store, model, clock)
+        self._gangs = Gangs(self._owner, self._ledger, self._publish, clock)
+        self._attempts: dict[str, Attempt] = {}
+        self._num_queued = 0
+        self._max_running: dict[str, int | None] = {}
+        self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
         self._looping = asyncio.Lock()
+
+    def register(self, name: str, gang: GangHandle, max_resident: int) -> None:
+        """A gang is there, and may be given jobs; said again and again as long as it is."""
+        self._gangs.register(name, gang, max_resident)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Jobs that gangs are needed for: queued, and in hand before the VAE."""
+        return self._num_queued + sum(one.stage != "decode" for one in self._attempts.values())
 
     async def run(self) -> None:
         """Take and drive jobs until ``close``; a store that cannot be reached is retried for ever."""
         async with self._looping:
-            await self._loop()
-
-    async def _loop(self) -> None:
-        next_lease = next_depth = 0.0
-        while not self._is_closing:
+            arranging = asyncio.create_task(self._gangs.run())
             try:
+                await self._loop(arranging)
+            finally:
+                arranging.cancel()
+
+    async def _loop(self, arranging: "asyncio.Task[None]") -> None:
+        next_lease = next_second = next_look = 0.0
+        is_ready = False
+        while not self._is_closing:
+            if arranging.done():
+                arranging.result()  # a bug: the process is replaced
+            try:
+                if not is_ready:
+                    await self._db(self._ledger.read)
+                    is_ready = True
                 if time.monotonic() >= next_lease:
                     await self._keep_leases()
                     next_lease = time.monotonic() + self._lease_s / 5
-                await self._poll()
-                if time.monotonic() >= next_depth:
-                    self._metrics.depth(await self._db(self._store.counts))
-                    next_depth = time.monotonic() + 1.0
+                if time.monotonic() >= next_second:
+                    await self._every_second()
+                    next_second = time.monotonic() + 1.0
+                await self._report_and_stop()
+                if time.monotonic() >= next_look:
+                    began = time.monotonic()
+                    await self._take()
+                    next_look = time.monotonic() + (time.monotonic() - began) / _DB_SHARE
             except Exception:  # the outermost loop: the store may be back the next time
                 logger.exception("the dispatcher could not reach its store")
                 await asyncio.sleep(1.0)
             await asyncio.sleep(POLL_S)
 
     async def close(self) -> None:
-        """Stop, and give every job in hand back to the queue."""
+        """Stop, and give every job in hand back to the queue, where it stands."""
         self._is_closing = True
         async with self._looping:  # the loop has ended: no job is taken any more
+            leases = asyncio.create_task(self._keep_leases_until_cancelled())
+            await self._gangs.close(self._handover_s)
             await self._give_back()
+            leases.cancel()
+            await asyncio.gather(leases, return_exceptions=True)
+            await self._ledger.flush(self._db)
         self._database.shutdown()
 
     async def _give_back(self) -> None:
+        # What is being decoded has nothing left to hand over: it is quicker to let it end.
+        decoding = [one.task for one in self._attempts.values() if one.stage == "decode" and one.task is not None]
+        if decoding:
+            await asyncio.wait(decoding, timeout=self._handover_s)
         attempts = list(self._attempts.values())
         for attempt in attempts:
             if attempt.task is not None:
                 attempt.task.cancel()
         await asyncio.gather(*(one.task for one in attempts if one.task is not None), return_exceptions=True)
         for attempt in attempts:
+            await self._write_progress(attempt)
             await self._db(self._store.requeue, attempt.job.id, attempt.job.attempt, False)
+
+    async def _keep_leases_until_cancelled(self) -> None:
+        while True:
+            await self._db(self._store.renew, self._owner, list(self._attempts), self._lease_s)
+            await asyncio.sleep(self._lease_s / 5)
 
     async def _keep_leases(self) -> None:
         # Only what is in hand: a job whose end could not be written has nobody who drives it.
@@ -152,34 +192,74 @@ class Dispatcher:
             logger.warning("job %s: the lease of its dispatcher ran out; queued again", job_id)
             self._metrics.requeued("lease_expired")
 
-    async def _poll(self) -> None:
-        if self._attempts:
-            for job_id in await self._db(self._store.cancel_requests, list(self._attempts)):
-                self._stop(self._attempts.get(job_id), "cancelled")
-            for attempt in list(self._attempts.values()):
-                await self._report(attempt)
-        if len(self._attempts) < self._window:
-            await self._take()
+    async def _every_second(self) -> None:
+        await self._ledger.flush(self._db)
+        tenants = await self._db(self._store.tenants)
+        self._max_running = {one.name: one.quota.max_running for one in tenants}
+        counts = await self._db(self._store.counts)
+        self._num_queued = counts.get("queued", 0)
+        self._metrics.depth(counts)
+        self._metrics.gangs(self._gangs.num_gangs, self._gangs.num_free)
+
+    async def _report_and_stop(self) -> None:
+        if not self._attempts:
+            return
+        for job_id in await self._db(self._store.cancel_requests, list(self._attempts)):
+            self._stop(self._attempts.get(job_id), "cancelled")
+        await asyncio.gather(*(self._report(attempt) for attempt in list(self._attempts.values())))
 
     async def _take(self) -> None:
-        queued = await self._db(self._store.queued, _QUEUE_PAGE)
-        waiting = (Waiting(id=job.id, priority=job.priority, created_at=job.created_at) for job in queued)
+        if sum(one.stage == "decode" for one in self._attempts.values()) >= self._max_decoding:
+            return
+        window = self._gangs.num_free + 1
+        limit = min(window + 1, _MAX_PER_TENANT)
+        queued = {one.id: one for one in await self._db(self._store.waiting, self._model, limit)}
+        if not all(self._ledger.knows(one.tenant) for one in queued.values()):
+            await self._ledger.flush(self._db)
+        turns = [turn for turn in self._turns(queued.values()) if turn.job_id in queued]
+        first = {turn.tenant: turn for turn in reversed(turns)}
+        self._gangs.note_queue(list(first.values()))
         # An overdue job ends as soon as it is claimed: more urgent ones must not keep it waiting for ever.
-        overdue = [job.id for job in queued if self._seconds_left(job) <= 0]
-        for job_id in dict.fromkeys([*overdue, *in_order(waiting)]):
-            if len(self._attempts) >= self._window:
-                return
+        overdue = [one.id for one in queued.values() if self._seconds_left(one.created_at) <= 0]
+        chosen = claims(
+            (self._queued(queued[turn.job_id]) for turn in turns),
+            (self._held(attempt) for attempt in self._attempts.values()),
+            window=window,
+            max_running=self._max_running,
+        )
+        for job_id in dict.fromkeys([*overdue, *chosen]):
             # A job given back a moment ago is still ours until its attempt has ended here, too.
             if job_id in self._attempts:
                 continue
             job = await self._db(self._store.claim, job_id, self._owner, self._lease_s)
             if job is not None:
-                attempt = self._attempts[job_id] = _Attempt(job)
+                attempt = self._attempts[job_id] = Attempt(job)
                 attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
 
-    async def _report(self, attempt: _Attempt) -> None:
-        if attempt.is_reported or attempt.is_over or attempt.stop is not None:
-            return
+    def _turns(self, queued: Iterable[Waiting]) -> list[Turn]:
+        """The order of all that waits, ready or not."""
+        preparing = [self._waiting(one.job) for one in self._attempts.values() if one.stage in ("text", "encode")]
+        # A job given back a moment ago may be both queued and still in hand.
+        return self._gangs.turns({one.id: one for one in (*preparing, *queued)}.values())
+
+    def _waiting(self, job: Job) -> Waiting:
+        cost = self._ledger.cost_left(job, 0)
+        return Waiting(id=job.id, tenant=job.tenant, priority=job.priority, created_at=job.created_at, cost=cost)
+
+    def _queued(self, one: Waiting) -> Queued:
+        urgent = is_urgent(one.priority, one.created_at, self._clock())
+        return Queued(id=one.id, tenant=one.tenant, is_urgent=urgent)
+
+    def _held(self, attempt: Attempt) -> Held:
+        is_ahead = attempt.stage != "decode" and not self._gangs.is_placed(attempt.job.id)
+        urgent = is_urgent(attempt.job.priority, attempt.job.created_at, self._clock())
+        return Held(tenant=attempt.job.tenant, is_urgent=urgent, is_ahead=is_ahead)
+
+    async def _report(self, attempt: Attempt) -> None:
+        if not (attempt.is_reported or attempt.is_over or attempt.stop is not None):
+            await self._write_progress(attempt)
+
+    async def _write_progress(self, attempt: Attempt) -> None:
         attempt.is_reported = True
         job = attempt.job
         if not await self._db(
@@ -187,17 +267,16 @@ class Dispatcher:
         ):
             self._stop(attempt, "stale")
 
-    def _stop(self, attempt: _Attempt | None, why: Literal["cancelled", "stale"]) -> None:
+    def _stop(self, attempt: Attempt | None, why: Literal["cancelled", "stale"]) -> None:
         if attempt is not None and attempt.stop is None and not attempt.is_over and attempt.task is not None:
             attempt.stop = why
             attempt.task.cancel()
 
-    async def _drive(self, attempt: _Attempt) -> None:
+    async def _drive(self, attempt: Attempt) -> None:
         job = attempt.job
         try:
             outcome = await self._outcome(attempt)
-            if outcome != "completed":
-                await asyncio.to_thread(self._artifacts.delete, f"jobs/{job.id}/attempts/{job.attempt}")
+            await asyncio.to_thread(self._clean, attempt, outcome)
             if outcome is not None:
                 self._metrics.ended(outcome, self._clock() - job.created_at)
                 logger.info("job %s: %s after attempt %d", job.id, outcome, job.attempt)
@@ -206,10 +285,20 @@ class Dispatcher:
         finally:
             self._attempts.pop(job.id, None)
 
-    async def _outcome(self, attempt: _Attempt) -> str | None:
+    def _clean(self, attempt: Attempt, outcome: str | None) -> None:
+        """Remove what the attempt leaves behind: files of no result, and checkpoints that nobody will need."""
+        job = attempt.job
+        if outcome != "completed":
+            self._artifacts.delete(f"jobs/{job.id}/attempts/{job.attempt}")
+        if outcome is not None:
+            self._artifacts.delete(f"jobs/{job.id}/checkpoints")
+
+    async def _outcome(self, attempt: Attempt) -> str | None:
         """Run the job and write how it ended; None when it has not ended."""
         job = attempt.job
-        deadline = asyncio.timeout(max(0.0, self._seconds_left(job)))
+        if job.attempt > MAX_ATTEMPTS:
+            return await self._failed(job, "replica_lost", f"processes were lost in {MAX_ATTEMPTS} attempts")
+        deadline = asyncio.timeout(max(0.0, self._seconds_left(job.created_at)))
         try:
             async with deadline:
                 try:
@@ -228,74 +317,52 @@ class Dispatcher:
         finished = await self._db(self._store.complete, job.id, job.attempt, results, attempt.seconds)
         return "completed" if finished else await self._stopped(attempt)
 
-    def _seconds_left(self, job: Job) -> float:
-        return job.created_at + self._job_deadline_s - self._clock()
+    def _seconds_left(self, created_at: float) -> float:
+        return created_at + self._job_deadline_s - self._clock()
 
-    async def _run_stages(self, attempt: _Attempt) -> dict[str, Artifact]:
-        job, stages = attempt.job, self._stages
-        await self._db(self._store.record_precision, job.id, job.attempt, self._precision)
-        with self._stage(attempt, "text"):
-            context, negative = await self._embed(job)
-        given = None
-        if job.request.conditioning:
-            with self._stage(attempt, "encode"):
-                given = await stages.encode(job)
-        with self._stage(attempt, "denoise"):
-            latents = await self._denoise(attempt, context, negative, given)
-        with self._stage(attempt, "decode"):
-            return await stages.decode(job, latents)
-
-    async def _embed(self, job: Job) -> tuple[TensorRef, TensorRef | None]:
-        if not job.request.uses_guidance:
-            return await self._stages.embed(job.request.prompt), None
-        context, negative = await asyncio.gather(
-            self._stages.embed(job.request.prompt), self._stages.embed(job.request.negative_prompt)
-        )
-        return context, negative
-
-    async def _denoise(
-        self, attempt: _Attempt, context: TensorRef, negative: TensorRef | None, given: TensorRef | None
-    ) -> TensorRef:
+    async def _run_stages(self, attempt: Attempt) -> dict[str, Artifact]:
         job = attempt.job
-        while True:
-            messages = self._stages.denoise(job.id, job.request, context, negative, given)
-            try:
-                async with aclosing(messages):
-                    async for message in messages:
-                        if isinstance(message, Finished):
-                            return message.latents
-                        attempt.step, attempt.is_reported = message.step, False
-                raise ReplicaLostError("the denoiser ended its stream without a result")
-            except GangUnavailableError:
-                await asyncio.sleep(GANG_POLL_S)  # nothing of the job ran there; its replacement is on the way
-
-    @contextmanager
-    def _stage(self, attempt: _Attempt, stage: Stage) -> Any:
-        attempt.stage, attempt.is_reported = stage, False
-        started = time.perf_counter()
+        await self._db(self._store.record_precision, job.id, job.attempt, self._precision)
         try:
-            yield
-        finally:
-            attempt.seconds[stage] = time.perf_counter() - started
-            self._metrics.stage(stage, attempt.seconds[stage])
+            return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
+        except CheckpointError as error:
+            if attempt.checkpoint is None:
+                raise
+            logger.warning("job %s: begins anew, its checkpoint cannot be used: %s", job.id, error)
+        await self._db(self._store.forget_checkpoint, job.id, job.attempt)
+        attempt.start_afresh()
+        return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
 
-    async def _stopped(self, attempt: _Attempt) -> str | None:
+    async def _publish(self, attempt: Attempt, checkpoint: Checkpoint) -> bool:
+        """See ``serve.gangs.Publish``."""
+        job, former = attempt.job, attempt.checkpoint
+        await self._report(attempt)  # steps are counted before the next attempt may begin after them
+        if not await self._db(self._store.checkpoint, job.id, job.attempt, checkpoint.key, checkpoint.step):
+            self._stop(attempt, "stale")
+            return False
+        attempt.checkpoint = checkpoint
+        self._metrics.checkpointed()
+        if former is not None and former.key != checkpoint.key:
+            await asyncio.to_thread(self._artifacts.delete, former.key)
+        return True
+
+    async def _stopped(self, attempt: Attempt) -> str | None:
         job = attempt.job
         # False: the row is deleted, or another attempt has it; either way nothing is left to write.
         written = await self._db(self._store.cancelled, job.id, job.attempt) if attempt.stop == "cancelled" else False
         return "cancelled" if written or attempt.stop == "cancelled" else None
 
-    async def _ended_by(self, attempt: _Attempt, error: Exception) -> str | None:
+    async def _ended_by(self, attempt: Attempt, error: Exception) -> str | None:
         job = attempt.job
         if isinstance(error, GangError):
             if job.gang_deaths + 1 >= MAX_GANG_DEATHS:
                 message = f"the gang that held the job was lost {MAX_GANG_DEATHS} times, last: {error}"
                 return await self._failed(job, "gang_died_twice", message)
-            await self._again(job, "gang_lost", error, gang_died=True)
+            await self._again(attempt, "gang_lost", error, gang_died=True)
             return None
         if isinstance(error, ReplicaLostError) and job.attempt < MAX_ATTEMPTS:
             await asyncio.sleep(self._replacement_s)
-            await self._again(job, "replica_lost", error, gang_died=False)
+            await self._again(attempt, "replica_lost", error, gang_died=False)
             return None
         if isinstance(error, ReplicaLostError):
             return await self._failed(
@@ -305,12 +372,18 @@ class Dispatcher:
             return await self._failed(job, "numerics_error", str(error))
         if isinstance(error, RequestError):
             return await self._failed(job, error.code, error.message)
+        if await self._db(self._store.cancel_requests, [job.id]):
+            # Deleted while a stage read its inputs, or wrote its files: whatever that led to is no failure.
+            attempt.stop = "cancelled"
+            return await self._stopped(attempt)
         logger.error("job %s: internal error in stage %s", job.id, attempt.stage, exc_info=error)
         return await self._failed(
             job, "internal_error", "the service failed in a way it should not; the operator has the log"
         )
 
-    async def _again(self, job: Job, reason: str, error: PusaError, *, gang_died: bool) -> None:
+    async def _again(self, attempt: Attempt, reason: str, error: PusaError, *, gang_died: bool) -> None:
+        job = attempt.job
+        await self._write_progress(attempt)
         logger.warning("job %s: attempt %d given up, queued again: %s", job.id, job.attempt, error)
         self._metrics.requeued(reason)
         await self._db(self._store.requeue, job.id, job.attempt, gang_died)

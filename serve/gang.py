@@ -1,25 +1,27 @@
 """One rank per Ray actor, all in one placement group: started, watched and killed together.
 
-A gang is busy or idle. While a call is in flight on its ranks, only the call's deadline says whether
-it is alive (a rank may be deep in a collective); while none is, ranks answer pings on a thread of
-their own. A dead rank, a missed deadline or an unanswered ping ends the whole gang at once.
+Ranks answer pings on a thread of their own, whatever they compute; a rank that answers and yet does
+not finish what it was asked misses the deadline of that call. A dead rank, a missed deadline or an
+unanswered ping ends the whole gang at once.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pusa_dist.errors import GangError, PusaError
+from pusa_dist.errors import CheckpointError, GangError, PusaError
 from pusa_dist.request import GenerationRequest
 from serve.config import DenoiserConfig
 from serve.stages import ReplicaLostError
+from serve.store.artifacts import ArtifactStore
 
 if TYPE_CHECKING:
     from pusa_dist.worker import Worker
@@ -32,11 +34,29 @@ AGREEMENT_S = 5.0
 """When one rank fails, how long the others have to fail in the same way: an error of the job hits all."""
 
 
-class Rank:
-    """The actor around one worker: the same calls, in the same order, on every rank."""
+CHECKPOINT_TIMEOUT_S = 60.0
+"""A checkpoint not written within this counts as failed, and is tried again."""
 
-    def __init__(self, make_worker: MakeWorker) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A generation on the ranks, between two steps."""
+
+    step: int
+    """Steps done."""
+    signature: Hashable
+    """Equal for those that may share the forward of their next step; None after the last."""
+
+
+class Rank:
+    """The actor around one worker: the same calls, in the same order, on every rank.
+
+    Only ``checkpoint``, ``discard``, ``read`` and ``ping`` run beside them, on threads of their own.
+    """
+
+    def __init__(self, make_worker: MakeWorker, artifacts_url: str) -> None:
         self._worker = make_worker()
+        self._artifacts = ArtifactStore(artifacts_url)
 
     def meeting_point(self) -> tuple[str, int]:
         """Address and free port of this rank's node, for the rendezvous."""
@@ -49,59 +69,98 @@ class Rank:
         """See ``Worker.join``."""
         self._worker.join(rank, world_size, address, port)
 
-    def admit(self, job_id: str, request: GenerationRequest, context: Any, negative: Any, given: Any) -> None:
+    def admit(self, name: str, request: GenerationRequest, context: Any, negative: Any, given: Any) -> Held:
         """See ``Worker.admit``; Ray has fetched the tensors by the time this runs."""
-        self._worker.admit(job_id, request, context, negative, given)
+        self._worker.admit(name, request, context, negative, given)
+        return Held(step=0, signature=self._worker.signature(name))
 
-    def step(self, job_ids: Sequence[str]) -> dict[str, int]:
+    def restore(self, name: str, data: bytes) -> Held:
+        """See ``Worker.restore``."""
+        step = self._worker.restore(name, data)
+        return Held(step=step, signature=self._worker.signature(name))
+
+    def step(self, names: Sequence[str]) -> dict[str, Held]:
         """See ``Worker.step``."""
-        return self._worker.step(job_ids)
+        done = self._worker.step(names)
+        return {name: Held(step=step, signature=self._worker.signature(name)) for name, step in done.items()}
 
-    def finish(self, job_id: str) -> tuple[Any, None]:
+    def finish(self, name: str) -> tuple[Any, None]:
         """Final latents, and a second result that says they exist without fetching them."""
-        return self._worker.finish(job_id), None
+        return self._worker.finish(name), None
 
-    def drop(self, job_id: str) -> None:
+    def drop(self, name: str) -> None:
         """See ``Worker.drop``."""
-        self._worker.drop(job_id)
+        self._worker.drop(name)
 
-    def ping(self) -> int:
-        """The process id, at once, whatever the worker is doing."""
-        return os.getpid()
+    def checkpoint(self, name: str, prefix: str) -> tuple[int, str]:
+        """Write a resident's state beside the running steps; returns its step and key."""
+        step, data = self._worker.checkpoint(name)
+        key = f"{prefix}-{step}"
+        self._artifacts.put(key, data)
+        return step, key
+
+    def discard(self, key: str) -> None:
+        """Remove a checkpoint that nobody will publish."""
+        self._artifacts.delete(key)
+
+    def read(self, key: str) -> tuple[bytes, None]:
+        """A checkpoint's bytes, and a second result that says they exist without fetching them.
+
+        Raises:
+            CheckpointError: it is not there (any more).
+        """
+        try:
+            return self._artifacts.read(key), None
+        except FileNotFoundError as error:
+            raise CheckpointError("the checkpoint is not in the artifact store any more") from error
+
+    def place(self) -> tuple[int, str]:
+        """Process and node id of the rank."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def ping(self) -> None:
+        """Answers at once, whatever the worker is doing."""
 
 
 class Gang:
-    """The ranks of one denoiser replica, as the replica's event loop sees them.
+    """The ranks of one denoiser, as its coordinator's event loop sees them.
 
     Attributes:
         error: why the gang was given up; None while it lives.
+        pids: process ids of the ranks, once started.
+        node_ids: the Ray nodes they are on, once started.
     """
 
-    def __init__(self, config: DenoiserConfig, make_worker: MakeWorker, placement: PlacementGroup | None) -> None:
+    def __init__(
+        self, config: DenoiserConfig, make_worker: MakeWorker, artifacts_url: str, placement: PlacementGroup | None
+    ) -> None:
         self._config = config
-        self._num_in_flight = 0
-        self._num_calls = 0
         self.error: GangError | None = None
+        self.pids: list[int] = []
+        self.node_ids: set[str] = set()
         self._ranks = [
-            _rank_actor(config, placement, index).remote(make_worker) for index in range(config.parallel.world_size)
+            _rank_actor(config, placement, index).remote(make_worker, artifacts_url)
+            for index in range(config.parallel.world_size)
         ]
 
-    def start(self) -> list[int]:
-        """Wait until every rank has met the others and loaded its weights; returns their process ids.
-
-        Blocking; for the replica's constructor only.
+    async def start(self) -> None:
+        """Wait until every rank has met the others and loaded its weights.
 
         Raises:
-            GangError: a rank failed, or ``start_timeout_s`` passed.
+            GangError: ``start_timeout_s`` passed.
+            RayError: a rank failed.
         """
         timeout_s = self._config.start_timeout_s
         try:
-            address, port = ray.get(self._ranks[0].meeting_point.remote(), timeout=timeout_s)
-            joins = [rank.join.remote(n, len(self._ranks), address, port) for n, rank in enumerate(self._ranks)]
-            ray.get(joins, timeout=timeout_s)
-            return list(ray.get([rank.ping.remote() for rank in self._ranks], timeout=timeout_s))
-        except ray.exceptions.GetTimeoutError as error:
+            async with asyncio.timeout(timeout_s):
+                address, port = await self._ranks[0].meeting_point.remote()
+                count = len(self._ranks)
+                await asyncio.gather(*(rank.join.remote(n, count, address, port) for n, rank in enumerate(self._ranks)))
+                places = await asyncio.gather(*(rank.place.remote() for rank in self._ranks))
+        except TimeoutError as error:
             raise self.lose(f"the ranks were not ready within start_timeout_s={timeout_s:g}") from error
+        self.pids = [pid for pid, _ in places]
+        self.node_ids = {node_id for _, node_id in places}
 
     async def call(self, method: str, *arguments: Any, deadline_s: float) -> list[Any]:
         """Make the same call on every rank and wait for all.
@@ -126,11 +185,52 @@ class Gang:
         await self._settle("finish", [written, *(rank.drop.remote(job_id) for rank in self._ranks[1:])], deadline_s)
         return latents
 
+    async def restore(self, name: str, key: str, deadline_s: float) -> Held:
+        """Make a checkpointed generation resident on every rank; rank 0 fetches it for all.
+
+        Raises:
+            CheckpointError: it is gone, damaged, or of another model, revision or precision.
+            ReplicaLostError: the artifact store cannot be reached.
+            GangError: as ``call``.
+        """
+        self.check()
+        data, is_there = self._ranks[0].read.options(concurrency_group="state", num_returns=2).remote(key)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await is_there
+        except (RayError, TimeoutError) as error:
+            raise self._unwritten("reading a checkpoint", error) from error
+        (held, *_) = await self.call("restore", name, data, deadline_s=deadline_s)
+        return held
+
+    async def checkpoint(self, name: str, prefix: str) -> tuple[int, str]:
+        """Write a resident's state while the gang goes on; returns its step and key.
+
+        Raises:
+            ReplicaLostError: it could not be written; the gang goes on.
+            GangError: rank 0 died.
+        """
+        self.check()
+        written = self._ranks[0].checkpoint.options(concurrency_group="state").remote(name, prefix)
+        try:
+            async with asyncio.timeout(CHECKPOINT_TIMEOUT_S):
+                step, key = await written
+        except (RayError, TimeoutError) as error:
+            raise self._unwritten("writing a checkpoint", error) from error
+        return step, key
+
+    async def discard(self, key: str) -> None:
+        """Remove a checkpoint that nobody will publish."""
+        try:
+            await self._ranks[0].discard.options(concurrency_group="state").remote(key)
+        except RayError as error:
+            logger.warning("a checkpoint stays behind: %s", type(error).__name__)
+
     async def watch(self, period_s: float = 1.0) -> GangError:
-        """Ping the ranks while they are idle; returns when the gang is lost, saying why."""
+        """Ping the ranks; returns when the gang is lost, saying why."""
         while self.error is None:
             await asyncio.sleep(period_s)
-            if not self._num_in_flight and self.error is None:
+            if self.error is None:
                 await self._ping()
         return self.error
 
@@ -153,29 +253,30 @@ class Gang:
         return self.error
 
     async def _ping(self) -> None:
-        calls_before = self._num_calls
         timeout_s = self._config.ping_timeout_s
         pings = [rank.ping.options(concurrency_group="ping").remote() for rank in self._ranks]
         done, late = await asyncio.wait(_tasks(pings), timeout=timeout_s)
         _abandon(late)
         if (error := _first_error(done)) is not None:
-            self.lose(f"a rank died while idle: {type(error).__name__}")
-        elif late and calls_before == self._num_calls:
-            self.lose(f"{len(late)} of {len(pings)} idle ranks did not answer within ping_timeout_s={timeout_s:g}")
+            self.lose(f"a rank died: {type(error).__name__}")
+        elif late:
+            self.lose(f"{len(late)} of {len(pings)} ranks did not answer within ping_timeout_s={timeout_s:g}")
+
+    def _unwritten(self, what: str, error: Exception) -> PusaError:
+        """What went wrong with a checkpoint: the end of the gang only if it was the end of rank 0."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RayActorError):
+            return self.lose(f"a rank died while {what}")
+        return cause if isinstance(cause, PusaError) else ReplicaLostError(f"{what}: {type(cause).__name__}")
 
     async def _settle(self, what: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
-        self._num_in_flight += 1
-        self._num_calls += 1
-        try:
-            tasks = _tasks(refs)
-            done, late = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
-            if late and _first_error(done) is not None:
-                if self._died(done):
-                    _abandon(late)
-                    raise self.lose(f"a rank died in {what}")
-                _, late = await asyncio.wait(late, timeout=AGREEMENT_S)
-        finally:
-            self._num_in_flight -= 1
+        tasks = _tasks(refs)
+        done, late = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+        if late and _first_error(done) is not None:
+            if self._died(done):
+                _abandon(late)
+                raise self.lose(f"a rank died in {what}")
+            _, late = await asyncio.wait(late, timeout=AGREEMENT_S)
         if late:
             _abandon(late)
             reason = _first_error(done) or f"not finished within its deadline of {deadline_s:.1f} s"
@@ -213,7 +314,7 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         resources=config.resources,
         max_restarts=0,
         max_task_retries=0,
-        concurrency_groups={"ping": 1},
+        concurrency_groups={"ping": 1, "state": 2},
         scheduling_strategy=strategy,
     )
     return make_actor(Rank)

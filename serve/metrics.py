@@ -33,6 +33,19 @@ class JobMetrics:
             tag_keys=("outcome",),
         )
 
+        self._gangs = Gauge("video_gangs", description="Gangs that take jobs.")
+        self._places = Gauge("video_gang_places_free", description="Jobs that the gangs could hold beside theirs.")
+        self._checkpoints = Counter("video_checkpoints", description="Checkpoints published.")
+
+    def gangs(self, num_gangs: int, num_free: int) -> None:
+        """What gangs there are right now."""
+        self._gangs.set(num_gangs)
+        self._places.set(num_free)
+
+    def checkpointed(self) -> None:
+        """A checkpoint was published."""
+        self._checkpoints.inc(1)
+
     def ended(self, outcome: str, seconds: float) -> None:
         """A job ended: ``completed``, ``cancelled`` or an error code, that long after its creation."""
         self._jobs.inc(1, {"outcome": outcome})

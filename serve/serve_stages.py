@@ -1,7 +1,7 @@
-"""The stages of a job as calls to Ray Serve deployments, and their failures in our own words."""
+"""Text encoder, VAE and gangs as calls to Ray, and their failures in our own words."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -9,8 +9,17 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 
 from pusa_dist.errors import GangError, PusaError
-from pusa_dist.request import GenerationRequest
-from serve.stages import Finished, GangUnavailableError, Progress, ReplicaLostError, TensorRef
+from serve.stages import (
+    Assignment,
+    Finished,
+    GangState,
+    GangUnavailableError,
+    Message,
+    Released,
+    Renewal,
+    ReplicaLostError,
+    TensorRef,
+)
 from serve.store.jobs import Artifact, Job
 
 Handle = DeploymentHandle[Any]
@@ -19,12 +28,11 @@ _LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError, ReplicaUnav
 
 
 class ServeStages:
-    """``Stages`` over the handles of the three deployments."""
+    """``Stages`` over the handles of two deployments."""
 
-    def __init__(self, text_encoder: Handle, vae: Handle, denoiser: Handle) -> None:
+    def __init__(self, text_encoder: Handle, vae: Handle) -> None:
         self._text_encoder = text_encoder
         self._vae = vae
-        self._denoiser = denoiser.options(stream=True)
 
     async def embed(self, prompt: str) -> TensorRef:
         """See ``Stages.embed``."""
@@ -36,34 +44,56 @@ class ServeStages:
         encoded: TensorRef = await _result(self._vae.encode.remote(job.request, [one.key for one in job.inputs]))
         return encoded
 
-    async def denoise(
-        self,
-        job_id: str,
-        request: GenerationRequest,
-        context: TensorRef,
-        negative: TensorRef | None,
-        given: TensorRef | None,
-    ) -> AsyncGenerator[Progress | Finished, None]:
-        """See ``Stages.denoise``."""
-        messages: Any = self._denoiser.generate.remote(job_id, request, context, negative, given)
-        is_held = False
+    async def decode(self, job: Job, latents: TensorRef) -> dict[str, Artifact]:
+        """See ``Stages.decode``."""
+        files: dict[str, Artifact] = await _result(self._vae.decode.remote(job.id, job.attempt, job.request, latents))
+        return files
+
+
+class ActorGang:
+    """``GangHandle`` over the handle of a coordinator's actor."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+
+    async def generate(self, assignment: Assignment) -> AsyncGenerator[Message, None]:
+        """See ``GangHandle.generate``; closing the generator drops the job."""
+        stream = self._coordinator.generate.options(num_returns="streaming").remote(assignment)
+        is_held = has_ended = False
         try:
-            async for message in messages:
-                is_held = True
+            async for ref in stream:
+                message: Message = await ref
+                is_held, has_ended = True, isinstance(message, Finished | Released)
                 yield message
         except (RayError, *_LOST) as error:
+            has_ended = True
             if isinstance(error, RayActorError):
                 # With the job on its gang, the coordinator's death is the gang's; before, nothing of the job ran.
                 died = GangError if is_held else GangUnavailableError
                 raise died(f"the denoiser died: {error}") from error
             raise _translated(error) from error
         finally:
-            messages.cancel()
+            if not has_ended:
+                self._coordinator.drop.remote(assignment.job_id, assignment.attempt)
 
-    async def decode(self, job: Job, latents: TensorRef) -> dict[str, Artifact]:
-        """See ``Stages.decode``."""
-        files: dict[str, Artifact] = await _result(self._vae.decode.remote(job.id, job.attempt, job.request, latents))
-        return files
+    async def release(self, job_id: str, attempt: int) -> None:
+        """See ``GangHandle.release``."""
+        await self._call("release", job_id, attempt)
+
+    async def published(self, job_id: str, attempt: int, step: int) -> None:
+        """See ``GangHandle.published``."""
+        await self._call("published", job_id, attempt, step)
+
+    async def hold(self, owner: str, renewals: Mapping[str, Renewal]) -> GangState:
+        """See ``GangHandle.hold``."""
+        state: GangState = await self._call("hold", owner, renewals)
+        return state
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return await getattr(self._coordinator, method).remote(*arguments)
+        except (RayError, *_LOST) as error:
+            raise _translated(error) from error
 
 
 async def _result(response: Any) -> Any:

@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
+_ACTORS = ("Coordinator", "Rank")
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def local_ray(num_cpus=4):
 
 
 def replica_processes():
-    """Process ids of the replicas and ranks on this machine, by deployment; ranks as ``Rank``."""
+    """Process ids on this machine by deployment; those of a gang's own actors as ``Coordinator`` and ``Rank``."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -43,6 +44,6 @@ def replica_processes():
         if title.startswith("ray::ServeReplica:pusa:"):
             name = title.removeprefix("ray::ServeReplica:pusa:").partition(".")[0].partition(":")[0]
             found.setdefault(name, []).append(int(folder.name))
-        elif title.partition(".")[0].partition(":concurrency")[0] == "ray::Rank":
-            found.setdefault("Rank", []).append(int(folder.name))
+        elif (name := title.removeprefix("ray::").partition(".")[0].partition(":concurrency")[0]) in _ACTORS:
+            found.setdefault(name, []).append(int(folder.name))
     return found

@@ -46,7 +46,8 @@ def generate(place, model_name):
     worker.admit("straight", request, context, negative, given)
     for _ in range(2):
         worker.step(["straight"])
-    half = worker.checkpoint("straight")
+    assert worker.checkpoint("straight")[0] == 2
+    half = worker.checkpoint("straight")[1]
     finals = [finish(worker, "straight", 2)]
 
     worker.restore("resumed", half)
@@ -101,7 +102,7 @@ def strengths_and_refusals(place):
         start(worker, name, request, model.transformer.text_dim)
         for _ in range(2):
             worker.step([name])
-        data = worker.checkpoint(name)
+        data = worker.checkpoint(name)[1]
         found[name] = (GenerationState.from_bytes(data).latents, finish(worker, name, 2))
     worker.leave()
     for change in ({"name": "other"}, {"revision": "2"}, {"precision": "bf16"}):
@@ -119,3 +120,51 @@ def test_each_expert_runs_at_its_own_strength_and_a_foreign_checkpoint_is_refuse
     assert not torch.equal(high[0], plain[0])
     assert torch.equal(low[0], plain[0]), "the low-noise expert has not run yet"
     assert not torch.equal(low[1], plain[1])
+
+
+def sliced(place):
+    """Final latents of three jobs, each alone, then turning round at every step, then moved at every third step."""
+    model = load_model_config("debug")
+    worker = Worker(model, ParallelConfig(ulysses_degree=2), WorkerOptions(threads=1, timeout_s=60))
+    worker.join(place.rank, place.world_size, "127.0.0.1", place.port)
+    requests = {
+        "plain": small_request(model),
+        "stronger": replace(small_request(model), seed=2, lora_alpha=dict.fromkeys(model.experts, 3.0)),
+        "smaller": replace(small_request(model), seed=3, width=64, height=64, conditioning=()),
+    }
+    generator = torch.Generator().manual_seed(7)
+    context, negative = torch.randn(2, 9, model.transformer.text_dim, generator=generator)
+    given = torch.randn(16, 1, 10, 14, generator=generator)
+
+    def admit(prefix, name):
+        worker.admit(prefix + name, requests[name], context, negative, given if requests[name].conditioning else None)
+
+    finals = {"alone": {}, "in turns": {}, "moved": {}}
+    for name in requests:
+        admit("alone-", name)
+        finals["alone"][name] = finish(worker, f"alone-{name}", STEPS)
+    for name in requests:
+        admit("turns-", name)
+    for _ in range(STEPS):
+        for name in requests:
+            worker.step([f"turns-{name}"])
+    for name in requests:
+        finals["in turns"][name] = worker.finish(f"turns-{name}")
+        admit("moved-", name)
+    for step in range(STEPS):
+        for name in reversed(requests):
+            if step % 3 == 1:
+                _, data = worker.checkpoint(f"moved-{name}")
+                worker.drop(f"moved-{name}")
+                worker.restore(f"moved-{name}", data)
+            worker.step([f"moved-{name}"])
+    finals["moved"] = {name: worker.finish(f"moved-{name}") for name in requests}
+    worker.leave()
+    return finals
+
+
+def test_latents_are_the_same_bits_however_a_job_is_time_sliced(run_ranks):
+    for finals in run_ranks(2, sliced):
+        for how in ("in turns", "moved"):
+            for name, expected in finals["alone"].items():
+                assert torch.equal(finals[how][name], expected), f"{name}, {how}"

@@ -28,3 +28,9 @@ def completed(client, job_id, timeout_s=60.0):
     video = until(client, job_id, lambda video: video["status"] in ("completed", "failed"), timeout_s)
     assert video["status"] == "completed", video["error"]
     return video
+
+
+def frames_of(client, job_id):
+    """The lossless frames of a completed video, as the bytes of its zip."""
+    answer = client.get(f"/v1/videos/{job_id}/content", params={"variant": "frames"}, follow_redirects=True)
+    return answer.raise_for_status().content

@@ -1,15 +1,17 @@
 """Stand-ins for ``pusa_dist.worker.Worker``: the same calls, numbers for tensors, faults on request.
 
 A request's prompt says what happens: ``nan``, ``nan-on-0`` (one rank only), ``bug``, ``sleep`` (asleep in
-the forward of step 2), ``slow`` (healthy steps of SLOW_STEP_S) or anything else (nothing).
+the forward of step 2), ``slow`` (healthy steps of SLOW_STEP_S), ``foreign`` (its checkpoint is refused) or
+anything else (nothing).
 """
 
 import os
+import pickle
 import time
 
 import torch
 
-from pusa_dist.errors import NumericsError
+from pusa_dist.errors import CheckpointError, NumericsError
 from pusa_dist.worker import Worker
 
 STEP_S = 0.05
@@ -19,6 +21,7 @@ SLOW_STEP_S = 2.5
 class FakeWorker:
     def __init__(self):
         self.jobs = {}
+        self.steps = []
 
     def join(self, rank, world_size, address, port):
         self.rank = rank
@@ -26,9 +29,26 @@ class FakeWorker:
     def admit(self, job_id, request, context, negative, given):
         self.jobs[job_id] = [request, float(context.sum()), 0]
 
+    def restore(self, job_id, data):
+        request, value, step = pickle.loads(data)
+        if request.prompt == "foreign":
+            raise CheckpointError("of another revision")
+        self.jobs[job_id] = [request, value, step]
+        return step
+
+    def checkpoint(self, job_id):
+        return self.jobs[job_id][2], pickle.dumps(self.jobs[job_id])
+
+    def signature(self, job_id):
+        return self.jobs[job_id][0].height
+
     def step(self, job_ids):
-        (job_id,) = job_ids
-        request, _, done = job = self.jobs[job_id]
+        for job_id in job_ids:
+            self.step_one(*self.jobs[job_id])
+            self.jobs[job_id][2] += 1
+        return {job_id: self.jobs[job_id][2] for job_id in job_ids}
+
+    def step_one(self, request, _, done):
         if request.prompt == "nan" or (request.prompt == "nan-on-0" and self.rank == 0):
             raise NumericsError("step 1 is not finite")
         if request.prompt == "bug":
@@ -36,8 +56,6 @@ class FakeWorker:
         if request.prompt == "sleep" and done == 1 and self.rank == 1:
             time.sleep(3600)
         time.sleep(SLOW_STEP_S if request.prompt == "slow" else STEP_S)
-        job[2] += 1
-        return {job_id: job[2]}
 
     def finish(self, job_id):
         return torch.full((4,), self.jobs.pop(job_id)[1])

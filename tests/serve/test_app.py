@@ -2,6 +2,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from pusa_dist.errors import ConfigError
 from serve.__main__ import main
 from serve.app import ROLES, application, build_app, require_loopback
 from serve.config import ServeConfig
+from serve.scaling import WANTED_GANGS, gangs_for_backlog, num_wanted
 
 CONFIGS = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
 
@@ -44,7 +46,7 @@ def test_only_gateway_and_dispatcher_are_given_the_database():
     config = ServeConfig(database_url="postgresql+psycopg://secret/db", artifacts_url="s3://bucket/x")
     given = {name: repr((one.init_args, one.init_kwargs)) for name, one in deployments(build_app(config)).items()}
     assert {name for name, arguments in given.items() if "secret" in arguments} == {"Gateway", "Dispatcher"}
-    assert "s3://bucket/x" in given["Vae"]
+    assert {name for name, arguments in given.items() if "s3://bucket/x" in arguments} >= {"Vae", "Denoiser"}
 
 
 def test_a_relative_state_folder_is_the_builders(monkeypatch, tmp_path):
@@ -60,7 +62,7 @@ def test_roles_are_placed_by_resources_and_labels():
             "text_encoder": {"resources": {"text": 0.5}},
             "denoiser": {
                 "label_selector": {"role": "denoiser"}, "num_gpus": 1, "cfg_degree": 2, "spread": True,
-                "resources": {"rank": 1}, "max_resident": 3,
+                "resources": {"rank": 1}, "max_replicas": 4,
             },
         }
     )  # fmt: skip
@@ -72,9 +74,22 @@ def test_roles_are_placed_by_resources_and_labels():
     assert denoiser.placement_group_bundles == [{"CPU": 0.1, "GPU": 1, "rank": 1}] * 4
     assert denoiser.placement_group_bundle_label_selector == [{"role": "denoiser"}] * 4
     assert denoiser.placement_group_strategy == "STRICT_SPREAD"
-    assert found["Denoiser"].max_ongoing_requests == 3
     scaling = found["Vae"]._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    scaling = found["Denoiser"]._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    assert scaling.policy.get_policy().__name__ == "gangs_for_backlog"
+
+
+@pytest.mark.parametrize(("num_jobs", "wanted"), [(0, 1), (1, 1), (2, 1), (3, 2), (20, 10)])
+def test_as_many_gangs_are_wanted_as_the_unfinished_jobs_fill(num_jobs, wanted):
+    assert num_wanted(num_jobs, max_resident=2) == wanted
+
+
+def test_serve_is_asked_for_what_any_replica_was_told_and_else_for_no_change():
+    context = SimpleNamespace(aggregated_metrics={WANTED_GANGS: {"a": 3.0, "b": 3.0}}, target_num_replicas=1)
+    assert gangs_for_backlog(context) == (3, {})
+    assert gangs_for_backlog(SimpleNamespace(aggregated_metrics=None, target_num_replicas=2)) == (2, {})
 
 
 def test_a_gang_that_asks_for_nothing_is_refused():

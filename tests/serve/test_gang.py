@@ -9,14 +9,15 @@ import pytest
 import ray
 import torch
 
-from pusa_dist.errors import GangError, NumericsError
-from pusa_dist.request import GenerationRequest
+from pusa_dist.errors import CheckpointError, GangError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
 from serve.gang import Gang
-from serve.stages import Finished, GangUnavailableError, Progress, TensorRef
+from serve.stages import Checkpoint, Checkpointed, Finished, GangUnavailableError, Progress, Released
+from serve.store.artifacts import ArtifactStore
 from tests.ray_cluster import local_ray
 from tests.serve import gang_workers
+from tests.serve.jobs_on_gangs import assignment, collect, publishing, steps_of, until_step
 
 pytestmark = [
     pytest.mark.ray,
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
 ]
 
-CONFIG = DenoiserConfig(step_deadline_floor_s=1.5, first_step_allowance_s=1.0, ping_timeout_s=1.5)
+CONFIG = DenoiserConfig(step_deadline_floor_s=1.5, first_step_allowance_s=1.0, ping_timeout_s=1.5, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,68 +38,48 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def shared():
+def artifacts(tmp_path_factory):
+    return f"file://{tmp_path_factory.mktemp('artifacts')}"
+
+
+def started(config, artifacts):
+    gang = Gang(config, gang_workers.FakeWorker, artifacts, None)
+    asyncio.run(gang.start())
+    return gang
+
+
+@pytest.fixture(scope="module")
+def shared(artifacts):
     """A gang that no test of this fixture's users may break."""
-    gang = Gang(CONFIG, gang_workers.FakeWorker, None)
-    gang.start()
+    gang = started(CONFIG, artifacts)
     yield gang
     gang.kill()
 
 
 @pytest.fixture
-def fresh():
-    gang = Gang(CONFIG, gang_workers.FakeWorker, None)
-    gang.pids = gang.start()
+def fresh(artifacts):
+    gang = started(CONFIG, artifacts)
     yield gang
     gang.kill()
 
 
-def request_of(prompt, steps=4):
-    return GenerationRequest(
-        model="debug", prompt=prompt, negative_prompt="", width=64, height=64, num_frames=5, fps=8,
-        num_inference_steps=steps, guidance_scale=1.0, shift=5.0, seed=0, lora_alpha={},
-    )  # fmt: skip
-
-
-def denoise(denoiser, prompt, steps=4, value=1.0):
-    context = TensorRef(ray.put(torch.full((3,), value)))
-    return denoiser.generate(f"job-{prompt}", request_of(prompt, steps), context, None, None)
-
-
-async def collect(messages):
-    return [message async for message in messages]
+def denoise(denoiser, *args, value=1.0, **options):
+    return publishing(denoiser, assignment(ray.put(torch.full((3,), value)), *args, **options))
 
 
 def test_a_job_reports_every_step_and_ends_with_a_reference_to_its_latents(shared):
     messages = asyncio.run(collect(denoise(Denoiser(CONFIG, shared), "plain", value=2.0)))
-    assert [message.step for message in messages[:-1]] == [0, 1, 2, 3, 4]
-    assert all(message.num_steps == 4 for message in messages[:-1])
+    assert steps_of(messages) == [0, 1, 2, 3, 4]
+    assert all(message.num_steps == 4 for message in messages if isinstance(message, Progress))
     assert isinstance(messages[-1], Finished)
     assert torch.equal(ray.get(messages[-1].latents.ref), torch.full((4,), 6.0))
-
-
-def test_two_residents_finish_oldest_first(shared):
-    order = []
-
-    async def follow(denoiser, prompt):
-        async for message in denoise(denoiser, prompt):
-            if isinstance(message, Finished):
-                order.append(prompt)
-
-    async def both():
-        denoiser = Denoiser(CONFIG, shared)
-        await asyncio.gather(follow(denoiser, "first"), follow(denoiser, "second"))
-
-    asyncio.run(both())
-    assert order == ["first", "second"]
 
 
 def test_a_cancelled_job_leaves_at_its_next_step_and_the_gang_goes_on(shared):
     async def scenario():
         denoiser = Denoiser(CONFIG, shared)
         messages = denoise(denoiser, "long", steps=1000)
-        while (message := await anext(messages)).step < 2:
-            assert isinstance(message, Progress)
+        await until_step(messages, 2)
         started = time.perf_counter()
         await messages.aclose()
         waiting = denoise(denoiser, "next", steps=1)
@@ -142,8 +123,7 @@ def test_a_rank_killed_in_a_step_fails_every_resident_at_once(fresh):
         denoiser = Denoiser(CONFIG, fresh)
         held = denoise(denoiser, "held", steps=1000)
         second = denoise(denoiser, "second", steps=1000)
-        while (await anext(held)).step < 2:
-            pass
+        await until_step(held, 2)
         await anext(second)
         os.kill(fresh.pids[1], signal.SIGKILL)
         started = time.perf_counter()
@@ -167,11 +147,10 @@ def test_a_rank_asleep_in_its_forward_is_found_by_the_step_deadline(fresh):
     assert_gone(fresh.pids)
 
 
-def test_a_long_healthy_step_is_not_taken_for_a_hang():
+def test_a_long_healthy_step_is_not_taken_for_a_hang(artifacts):
     config = DenoiserConfig(step_deadline_floor_s=20.0, ping_timeout_s=0.5)
     assert config.ping_timeout_s + 1.0 < gang_workers.SLOW_STEP_S  # a ping in between would have gone unanswered
-    gang = Gang(config, gang_workers.FakeWorker, None)
-    gang.start()
+    gang = started(config, artifacts)
     try:
         messages = asyncio.run(collect(denoise(Denoiser(config, gang), "slow", steps=1)))
         assert isinstance(messages[-1], Finished)
@@ -192,6 +171,68 @@ def test_a_stopped_idle_rank_is_found_by_its_silence(fresh):
     assert asyncio.run(scenario()) < 5.0
     assert "ping_timeout_s=1.5" in str(fresh.error)
     assert_gone(fresh.pids)
+
+
+def test_a_stopped_busy_rank_is_found_by_its_silence_long_before_its_deadline(artifacts):
+    gang = started(DenoiserConfig(step_deadline_floor_s=60.0, ping_timeout_s=1.0), artifacts)
+
+    async def scenario():
+        messages = denoise(Denoiser(CONFIG, gang), "slow", steps=1000)
+        await anext(messages)
+        os.kill(gang.pids[1], signal.SIGSTOP)
+        with pytest.raises(GangError, match="1 of 2 ranks did not answer"):
+            await collect(messages)
+
+    started_at = time.perf_counter()
+    asyncio.run(scenario())
+    assert time.perf_counter() - started_at < 6.0
+    assert_gone(gang.pids)
+
+
+def test_checkpoints_come_as_the_job_runs_and_can_be_read(shared, artifacts):
+    messages = asyncio.run(collect(denoise(Denoiser(CONFIG, shared), "saved", steps=9)))
+    saved = [message.checkpoint for message in messages if isinstance(message, Checkpointed)]
+    assert len(saved) >= 2
+    assert all(2 <= one.step <= 9 for one in saved)
+    assert saved[0].key == f"jobs/job-saved/checkpoints/1-{saved[0].step}"
+    assert ArtifactStore(artifacts).read(saved[0].key)
+
+
+def test_a_released_job_goes_on_where_it_was(shared):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, shared)
+        messages = denoise(denoiser, "moved", steps=6, value=3.0)
+        await until_step(messages, 3)
+        await denoiser.release("job-moved", 1)
+        rest = await collect(messages)
+        checkpoint = rest[-1].checkpoint
+        assert isinstance(rest[-1], Released)
+        assert checkpoint.step == max([3, *steps_of(rest)]) <= 4
+        moved = await collect(denoise(denoiser, "moved", steps=6, source=checkpoint))
+        return checkpoint, moved
+
+    checkpoint, moved = asyncio.run(scenario())
+    assert steps_of(moved)[1:] == list(range(checkpoint.step + 1, 7))
+    assert torch.equal(ray.get(moved[-1].latents.ref), torch.full((4,), 9.0))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "checkpoint"), [("foreign", None), ("gone", Checkpoint(key="jobs/j/checkpoints/1-2", step=2))]
+)
+def test_a_checkpoint_that_cannot_be_used_is_the_jobs_error(shared, artifacts, prompt, checkpoint):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, shared)
+        source = checkpoint
+        if source is None:
+            messages = denoise(denoiser, prompt, steps=9)
+            await until_step(messages, 3)
+            await denoiser.release(f"job-{prompt}", 1)
+            source = (await collect(messages))[-1].checkpoint
+        with pytest.raises(CheckpointError):
+            await collect(denoise(denoiser, prompt, steps=9, source=source))
+
+    asyncio.run(scenario())
+    assert shared.error is None
 
 
 def assert_gone(pids):

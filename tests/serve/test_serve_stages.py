@@ -6,41 +6,51 @@ import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError, TaskCancelledError
 
 from pusa_dist.errors import GangError, NumericsError
-from serve.serve_stages import ServeStages
-from serve.stages import GangUnavailableError, Progress, ReplicaLostError
+from serve.serve_stages import ActorGang, ServeStages
+from serve.stages import Assignment, Finished, GangUnavailableError, Progress, Released, ReplicaLostError, TensorRef
 
 STEP = Progress(step=0, num_steps=4, seconds=0.0)
+GIVEN = Assignment(job_id="job", attempt=3, owner="me", request=None, source=None, claim=None)
 
 
 def task_error(cause):
-    """As Ray delivers an exception that a replica raised."""
+    """As Ray delivers an exception that an actor raised."""
     return RayTaskError("generate", f"traceback: {cause}", cause).as_instanceof_cause()
 
 
-class FakeDenoiser:
-    def __init__(self, messages):
-        self.messages, self.is_cancelled = list(messages), False
-        self.generate = self
+class Method:
+    """What ``actor.method`` is: ``options`` and ``remote``."""
 
-    def options(self, stream):
+    def __init__(self, call):
+        self.remote = call
+
+    def options(self, num_returns):
+        assert num_returns == "streaming"
         return self
 
-    def remote(self, *arguments):
-        return self
 
-    async def __aiter__(self):
+class FakeCoordinator:
+    """An actor handle whose stream is given, each item behind a reference."""
+
+    def __init__(self, messages=(), error=None):
+        self.messages, self.error, self.dropped = messages, error, []
+        self.generate = Method(lambda assignment: self.stream())
+        self.drop = Method(lambda *job: self.dropped.append(job))
+        self.hold = Method(lambda *arguments: self.answer())
+
+    async def stream(self):
         for message in self.messages:
-            if isinstance(message, Exception):
-                raise message
-            yield message
+            yield self.answer(message)
 
-    def cancel(self):
-        self.is_cancelled = True
+    async def answer(self, message=None):
+        message = self.error if message is None else message
+        if isinstance(message, Exception):
+            raise message
+        return message
 
 
-async def drain(denoiser):
-    async for _ in ServeStages(None, None, denoiser).denoise("job", None, None, None, None):
-        pass
+async def drain(coordinator):
+    return [message async for message in ActorGang(coordinator).generate(GIVEN)]
 
 
 @pytest.mark.parametrize(
@@ -56,14 +66,50 @@ async def drain(denoiser):
     ],
     ids=["gang lost", "coordinator died", "died before", "unavailable", "numerics", "tensor lost", "stopped"],
 )
-def test_a_failure_of_denoising_is_translated_once_and_the_call_cancelled(messages, expected):
-    denoiser = FakeDenoiser(messages)
+def test_a_failure_of_denoising_is_translated_once(messages, expected):
     with pytest.raises(expected) as caught:
-        asyncio.run(drain(denoiser))
+        asyncio.run(drain(FakeCoordinator(messages)))
     assert type(caught.value) is expected
-    assert denoiser.is_cancelled
 
 
 def test_a_bug_keeps_its_own_type():
     with pytest.raises(ValueError, match="a bug"):
-        asyncio.run(drain(FakeDenoiser([task_error(ValueError("a bug"))])))
+        asyncio.run(drain(FakeCoordinator([task_error(ValueError("a bug"))])))
+
+
+@pytest.mark.parametrize("last", [Finished(latents=TensorRef(None)), Released(checkpoint=None)])
+def test_a_stream_that_ended_drops_nothing(last):
+    coordinator = FakeCoordinator([STEP, last])
+    assert asyncio.run(drain(coordinator)) == [STEP, last]
+    assert coordinator.dropped == []
+
+
+def test_a_stream_that_is_given_up_drops_its_job():
+    coordinator = FakeCoordinator([STEP, STEP])
+
+    async def scenario():
+        stream = ActorGang(coordinator).generate(GIVEN)
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(scenario())
+    assert coordinator.dropped == [("job", 3)]
+
+
+def test_a_dead_coordinator_is_a_lost_replica_to_whoever_calls_it():
+    with pytest.raises(ReplicaLostError, match="ActorDiedError"):
+        asyncio.run(ActorGang(FakeCoordinator(error=ActorDiedError())).hold("me", {}))
+
+
+def test_a_dead_text_encoder_is_a_lost_replica():
+    class Response:
+        def __await__(self):
+            raise ActorDiedError
+            yield
+
+        def cancel(self):
+            pass
+
+    encoder = type("Handle", (), {"embed": Method(lambda prompt: Response())})()
+    with pytest.raises(ReplicaLostError):
+        asyncio.run(ServeStages(encoder, None).embed("a"))

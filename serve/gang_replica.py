@@ -1,0 +1,109 @@
+"""A denoiser as Ray sees it: a Serve replica, the coordinator's actor in its placement group, and the ranks.
+
+Serve places, watches and replaces the replica; with it go the coordinator and the ranks. Jobs do not
+pass through Serve: the dispatcher talks to the coordinator's actor, which the replica tells it of.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable
+from typing import Any
+
+import ray
+from ray import serve as ray_serve
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from serve.config import DenoiserConfig
+from serve.denoiser import Denoiser
+from serve.gang import Gang, MakeWorker
+from serve.metrics import GangMetrics
+from serve.scaling import WANTED_GANGS
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "pusa-gangs"
+"""Ray namespace of the coordinators, where ``serve.node`` finds them."""
+REGISTER_S = 2.0
+_ANSWER_S = 5.0
+
+
+class Coordinator(Denoiser):
+    """The coordinator with the ranks it starts; an actor without resources, beside rank 0."""
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        make_worker: MakeWorker,
+        artifacts_url: str,
+        placement: PlacementGroup | None,
+    ) -> None:
+        self._ranks = Gang(config, make_worker, artifacts_url, placement)
+        super().__init__(config, self._ranks, GangMetrics().step)
+
+    async def start(self) -> list[int]:
+        """Wait until the ranks are ready; returns their process ids."""
+        await self._ranks.start()
+        await self.check_health()
+        return self._ranks.pids
+
+
+class DenoiserReplica:
+    """Owner of a coordinator: tells the dispatcher of it, and Serve how it is."""
+
+    def __init__(self, config: DenoiserConfig, make_worker: MakeWorker, artifacts_url: str, dispatcher: str) -> None:
+        context = ray_serve.get_replica_context()
+        self._config = config
+        self._app_name = context.app_name
+        self._dispatcher = dispatcher
+        self._name = f"gang-{secrets.token_hex(6)}"
+        placement = ray.util.get_current_placement_group()
+        assert placement is not None, "the deployment of the denoiser has placement group bundles"
+        remote: Any = ray.remote
+        strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0)
+        self._coordinator = (
+            remote(Coordinator)
+            .options(name=self._name, namespace=NAMESPACE, num_cpus=0, max_restarts=0, scheduling_strategy=strategy)
+            .remote(config, make_worker, artifacts_url, placement)
+        )
+        self.pids = list(ray.get(self._coordinator.start.remote()))
+        self._num_wanted: int | None = None
+        self._registering = asyncio.get_running_loop().create_task(self._register())
+
+    async def check_health(self) -> None:
+        """Raise if the gang is lost, or its coordinator dead or silent."""
+        if self._registering.done():
+            self._registering.result()
+        async with asyncio.timeout(_ANSWER_S):
+            await self._coordinator.check_health.remote()
+
+    async def rank_pids(self) -> list[int]:
+        """Process ids of the ranks, for operators and tests."""
+        return self.pids
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve hands to ``serve.scaling``: any replica tells what the dispatcher told it."""
+        return {} if self._num_wanted is None else {WANTED_GANGS: float(self._num_wanted)}
+
+    async def _register(self) -> None:
+        while True:
+            try:
+                dispatcher = ray_serve.get_deployment_handle(self._dispatcher, self._app_name)
+                async with asyncio.timeout(_ANSWER_S):
+                    registered: Awaitable[int] = dispatcher.register.remote(
+                        self._name, self._coordinator, self._config.max_resident
+                    )
+                    self._num_wanted = await registered
+            except Exception as error:  # noqa: BLE001 - whatever keeps the dispatcher: it will be back
+                logger.warning("gang %s could not register: %s", self._name, type(error).__name__)
+            await asyncio.sleep(REGISTER_S)
+
+    async def __del__(self) -> None:
+        """Hand over what is here: Ray Serve awaits this before it ends the replica."""
+        self._registering.cancel()
+        try:
+            async with asyncio.timeout(self._config.handover_timeout_s):
+                await self._coordinator.leave.remote()
+        except Exception as error:  # noqa: BLE001 - it is being replaced because it does not work
+            logger.warning("gang %s handed nothing over: %s", self._name, type(error).__name__)

@@ -1,0 +1,397 @@
+"""The gangs as a dispatcher sees them: which there are, what each holds, and how a job gets through its steps.
+
+A gang registers again and again, so that a new dispatcher learns of it. The dispatcher renews what it
+put on a gang about once a second; a gang that does not answer is given up, and its jobs with it. Which
+job goes where, and who makes room, is the policy's choice (``serve.policy.placement``).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+
+from pusa_dist.errors import PusaError
+from serve.attempt import Attempt
+from serve.ledger import Ledger
+from serve.policy import placement
+from serve.policy.fairness import InHand, Turn, Waiting
+from serve.policy.placement import Place
+from serve.policy.priority import is_urgent
+from serve.policy.tick import Claim, Resident
+from serve.stages import (
+    Assignment,
+    Checkpoint,
+    Checkpointed,
+    Conditions,
+    Finished,
+    GangHandle,
+    GangState,
+    GangUnavailableError,
+    Progress,
+    Released,
+    Renewal,
+    ReplicaLostError,
+    TensorRef,
+)
+from serve.store.jobs import Job
+
+logger = logging.getLogger(__name__)
+
+HOLD_S = 1.0
+ANSWER_S = 3.0
+"""A gang that has not answered a renewal within this has missed it."""
+MAX_MISSED = 2
+"""A gang that has missed so many renewals in a row is given up."""
+ARRANGE_S = 0.5
+"""Places are looked at again after this long even if nothing seems to have changed: standings have."""
+
+Publish = Callable[[Attempt, Checkpoint], Awaitable[bool]]
+"""Makes a checkpoint the one that the next attempt begins at; False: the attempt is stale."""
+
+
+@dataclass(slots=True, eq=False)
+class _Gang:
+    name: str
+    handle: GangHandle
+    max_resident: int
+    seats: "dict[str, _Seat]" = field(default_factory=dict)
+    state: GangState | None = None
+    """None until it has answered, and after it has refused a job: it gets none."""
+    num_missed: int = 0
+    running: str | None = None
+    """The job that its last step was for."""
+    holding: "asyncio.Task[None] | None" = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.state is not None and not self.state.is_closed and self.state.num_others < self.max_resident
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A job that is on a gang, or waits for one."""
+
+    attempt: Attempt
+    source: Conditions | Checkpoint
+    step: int
+    gang: _Gang | None = None
+    claim: Claim | None = None
+    is_leaving: bool = False
+    placed: asyncio.Event = field(default_factory=asyncio.Event)
+    silence: asyncio.Timeout | None = None
+
+    @property
+    def job(self) -> Job:
+        return self.attempt.job
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.job.request.num_inference_steps
+
+
+class Gangs:
+    """Every gang that has registered, and every job that is ready for one.
+
+    Args:
+        owner: name of this dispatcher.
+        ledger: what orders the jobs, and is told of every step.
+        publish: see ``Publish``.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, owner: str, ledger: Ledger, publish: Publish, clock: Callable[[], float] = time.time) -> None:
+        self._owner = owner
+        self._ledger = ledger
+        self._publish = publish
+        self._clock = clock
+        self._gangs: dict[str, _Gang] = {}
+        self._seats: dict[str, _Seat] = {}
+        self._queued_turns: list[Turn] = []
+        self._changed = asyncio.Event()
+        self._is_closing = False
+        self._calls: set[asyncio.Task[None]] = set()
+
+    def register(self, name: str, handle: GangHandle, max_resident: int) -> None:
+        """A gang is there; it is used as soon as it has answered."""
+        if name not in self._gangs and not self._is_closing:
+            logger.info("gang %s registered", name)
+            gang = self._gangs[name] = _Gang(name, handle, max_resident)
+            gang.holding = asyncio.create_task(self._hold(gang))
+
+    async def denoise(self, attempt: Attempt, source: Conditions | Checkpoint) -> TensorRef:
+        """Take a job through its steps, on as many gangs as it takes; see ``serve.attempt.Denoise``.
+
+        Raises:
+            GangError: a gang was lost while it held the job.
+            ReplicaLostError: a gang does not answer, or a tensor of the job is lost.
+            PusaError: the job's own error.
+        """
+        job_id = attempt.job.id
+        step = source.step if isinstance(source, Checkpoint) else 0
+        seat = self._seats[job_id] = _Seat(attempt, source, step)
+        try:
+            while True:
+                self._changed.set()
+                await seat.placed.wait()
+                try:
+                    last = await self._follow(seat)
+                finally:
+                    self._leave(seat)
+                if isinstance(last, Finished):
+                    return last.latents
+        finally:
+            self._seats.pop(job_id, None)
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Give places to jobs until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ARRANGE_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            self.arrange()
+
+    async def close(self, timeout_s: float) -> None:
+        """Ask every gang for the jobs of this dispatcher, and wait until they are back, each at its checkpoint."""
+        self._is_closing = True
+        for seat in self._seats.values():
+            self._release(seat)
+        deadline = time.monotonic() + timeout_s
+        while self.num_placed and time.monotonic() < deadline:  # noqa: ASYNC110 - once in a dispatcher's life
+            await asyncio.sleep(0.02)
+        for gang in self._gangs.values():
+            if gang.holding is not None:
+                gang.holding.cancel()
+        self._gangs.clear()
+
+    @property
+    def num_free(self) -> int:
+        """Places for further jobs."""
+        open_gangs = (gang for gang in self._gangs.values() if gang.is_open)
+        return sum(max(0, gang.max_resident - len(gang.seats)) for gang in open_gangs)
+
+    @property
+    def num_gangs(self) -> int:
+        """Gangs that take jobs."""
+        return sum(gang.is_open for gang in self._gangs.values())
+
+    @property
+    def num_placed(self) -> int:
+        """Jobs on gangs."""
+        return sum(len(gang.seats) for gang in self._gangs.values())
+
+    def is_placed(self, job_id: str) -> bool:
+        """Whether a gang has the job."""
+        seat = self._seats.get(job_id)
+        return seat is not None and seat.gang is not None
+
+    def turns(self, others: Iterable[Waiting]) -> list[Turn]:
+        """The order of all waiting jobs: those that are ready, and others that are not here yet."""
+        ready = [self._waiting(seat) for seat in self._seats.values() if seat.gang is None]
+        return self._ledger.order([*ready, *others], self._in_hand(), self._switch_s)
+
+    def note_queue(self, turns: list[Turn]) -> None:
+        """The first turn of every tenant that has jobs elsewhere; the virtual clock must not pass them."""
+        self._queued_turns = turns
+
+    def arrange(self) -> None:
+        """Give places to ready jobs, and let jobs go that others should take the place of."""
+        turns = {turn.job_id: turn for turn in self.turns(())}
+        ready = [self._resident(self._seats[job_id], turn) for job_id, turn in turns.items()]
+        gangs = [self._view(gang) for gang in self._gangs.values() if gang.state is not None]
+        running = [one for gang in gangs for one in gang.residents if one.job_id == gang.running]
+        self._ledger.advance(running, [*turns.values(), *self._queued_turns])
+        by_id = {one.job_id: one for one in ready}
+        usable = [gang for gang in gangs if gang.is_draining or self._gangs[gang.name].is_open]
+        for order in placement.orders(usable, ready, switch_s=self._switch_s):
+            seat = self._seats[order.job_id]
+            if isinstance(order, Place):
+                self._ledger.lift(seat.job.tenant, turns[order.job_id].lifted_to)
+                self._place(seat, self._gangs[order.gang], by_id[order.job_id].claim)
+            else:
+                logger.info("job %s: asked to make room on gang %s", order.job_id, order.gang)
+                self._release(seat)
+
+    def _place(self, seat: _Seat, gang: _Gang, claim: Claim) -> None:
+        seat.gang, seat.claim, seat.is_leaving = gang, claim, False
+        gang.seats[seat.job.id] = seat
+        seat.placed.set()
+
+    def _leave(self, seat: _Seat) -> None:
+        if seat.gang is not None:
+            seat.gang.seats.pop(seat.job.id, None)
+        seat.gang = None
+        seat.placed.clear()
+
+    def _release(self, seat: _Seat) -> None:
+        if seat.gang is not None and not seat.is_leaving:
+            seat.is_leaving = True
+            self._call(seat.gang.handle.release(seat.job.id, seat.job.attempt))
+
+    async def _follow(self, seat: _Seat) -> Finished | Released:
+        """One stay on a gang."""
+        gang, claim = seat.gang, seat.claim
+        assert gang is not None
+        assert claim is not None
+        assignment = Assignment(
+            job_id=seat.job.id,
+            attempt=seat.job.attempt,
+            owner=self._owner,
+            request=seat.job.request,
+            source=seat.source,
+            claim=claim,
+        )
+        try:
+            async with asyncio.timeout(None) as seat.silence, aclosing(gang.handle.generate(assignment)) as messages:
+                async for message in messages:
+                    if isinstance(message, Progress):
+                        self._progress(seat, gang, message)
+                    elif isinstance(message, Checkpointed):
+                        await self._published(seat, gang, message.checkpoint)
+                    elif isinstance(message, Released):
+                        if message.checkpoint is not None:
+                            await self._published(seat, gang, message.checkpoint)
+                            seat.source, seat.step = message.checkpoint, message.checkpoint.step
+                        return message
+                    else:
+                        return message
+            raise ReplicaLostError("the denoiser ended its stream without a result")
+        except GangUnavailableError:
+            gang.state = None  # nothing of the job ran there; it waits for another, or the replacement
+            return Released(checkpoint=None)
+        except TimeoutError as error:
+            if seat.silence is None or not seat.silence.expired():
+                raise
+            raise ReplicaLostError(f"gang {gang.name} does not answer") from error
+
+    def _progress(self, seat: _Seat, gang: _Gang, message: Progress) -> None:
+        attempt = seat.attempt
+        seat.step = message.step
+        attempt.at("denoise", message.step)
+        if message.seconds == 0.0:
+            return
+        if gang.running != seat.job.id:
+            gang.running = seat.job.id
+            self._changed.set()
+        alone = self._ledger.shape(seat.job)
+        shape = replace(alone, num_tokens=message.num_tokens)
+        is_new = message.step > attempt.paid_steps
+        attempt.paid_steps = max(attempt.paid_steps, message.step)
+        self._ledger.delivered(seat.job.tenant, shape, message.seconds, message.num_sharing, is_new=is_new)
+
+    async def _published(self, seat: _Seat, gang: _Gang, checkpoint: Checkpoint) -> None:
+        known = seat.attempt.checkpoint
+        if known is not None and known.step >= checkpoint.step:
+            return
+        if await self._publish(seat.attempt, checkpoint):
+            self._call(gang.handle.published(seat.job.id, seat.job.attempt, checkpoint.step))
+
+    async def _hold(self, gang: _Gang) -> None:
+        """Renew what is on the gang, and learn how it is, until it is silent for too long."""
+        while gang.num_missed < MAX_MISSED:
+            renewals = {seat.job.id: self._renewal(seat) for seat in gang.seats.values()}
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    state = await gang.handle.hold(self._owner, renewals)
+            except Exception as error:  # noqa: BLE001 - whatever it is: a gang that cannot be held is none
+                gang.num_missed += 1
+                gang.state = None
+                logger.warning("gang %s does not answer: %s", gang.name, type(error).__name__)
+            else:
+                gang.num_missed = 0
+                if state != gang.state:
+                    gang.state = state
+                    self._changed.set()
+            await asyncio.sleep(HOLD_S)
+        self._gangs.pop(gang.name, None)
+        for seat in gang.seats.values():
+            if seat.silence is not None:
+                seat.silence.reschedule(asyncio.get_running_loop().time())
+
+    def _renewal(self, seat: _Seat) -> Renewal:
+        assert seat.claim is not None
+        published = seat.attempt.checkpoint
+        return Renewal(
+            attempt=seat.job.attempt,
+            published_step=0 if published is None else published.step,
+            claim=replace(seat.claim, is_urgent=self._is_urgent(seat.job)),
+        )
+
+    def _call(self, call: Awaitable[None]) -> None:
+        """Something that a gang is told; if it cannot be told, its renewals fail, too."""
+
+        async def tell() -> None:
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await call
+            except (PusaError, TimeoutError) as error:
+                logger.warning("a gang could not be told something: %s", type(error).__name__)
+
+        task = asyncio.create_task(tell())
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    @property
+    def _switch_s(self) -> float:
+        return max((gang.state.switch_s for gang in self._gangs.values() if gang.state is not None), default=0.0)
+
+    def _is_urgent(self, job: Job) -> bool:
+        return is_urgent(job.priority, job.created_at, self._clock())
+
+    def _waiting(self, seat: _Seat) -> Waiting:
+        job = seat.job
+        return Waiting(
+            id=job.id,
+            tenant=job.tenant,
+            priority=job.priority,
+            created_at=job.created_at,
+            cost=self._ledger.cost_left(job, seat.step),
+            is_started=seat.step > 0,
+        )
+
+    def _in_hand(self) -> list[InHand]:
+        return [
+            InHand(
+                tenant=seat.job.tenant,
+                cost=self._ledger.cost_left(seat.job, seat.step),
+                is_urgent=self._is_urgent(seat.job),
+            )
+            for gang in self._gangs.values()
+            for seat in gang.seats.values()
+        ]
+
+    def _resident(self, seat: _Seat, turn: Turn) -> Resident:
+        job = seat.job
+        claim = Claim(
+            tenant=job.tenant,
+            weight=self._ledger.standing(job.tenant).weight,
+            virtual_time=turn.virtual_time,
+            step=seat.step,
+            num_steps=job.request.num_inference_steps,
+            step_cost=self._ledger.step_cost(job),
+            is_urgent=self._is_urgent(job),
+            created_at=job.created_at,
+            num_tokens=job.request.num_tokens,
+            lora=tuple(sorted(job.request.lora_alpha.items())),
+        )
+        return Resident(job_id=job.id, claim=claim, step=seat.step)
+
+    def _view(self, gang: _Gang) -> placement.Gang:
+        assert gang.state is not None
+        seats = gang.seats.values()
+        return placement.Gang(
+            name=gang.name,
+            residents=tuple(
+                Resident(job_id=seat.job.id, claim=seat.claim, step=seat.step)
+                for seat in seats
+                if seat.claim is not None
+            ),
+            running=gang.running if gang.running in gang.seats else None,
+            leaving=frozenset(seat.job.id for seat in seats if seat.is_leaving or seat.is_done),
+            lora=gang.state.lora,
+            max_resident=gang.max_resident - gang.state.num_others,
+            is_draining=gang.state.is_closed,
+        )

@@ -1,0 +1,299 @@
+"""The coordinator of a gang whose ranks are one stand-in worker in this process: who steps, stays, leaves and when."""
+
+import asyncio
+import pickle
+import time
+
+import pytest
+import torch
+
+from serve.config import DenoiserConfig
+from serve.denoiser import _LINGER_S, Denoiser
+from serve.gang import Held
+from serve.stages import (
+    Checkpoint,
+    Checkpointed,
+    Finished,
+    GangUnavailableError,
+    Progress,
+    Released,
+    Renewal,
+    ReplicaLostError,
+)
+from tests.serve import gang_workers
+from tests.serve.jobs_on_gangs import assignment, collect, publishing, request_of, steps_of, until_step
+
+CONFIG = DenoiserConfig(checkpoint_every=4)
+
+
+class OneRank:
+    """``serve.gang.Gang`` without Ray: one worker on a thread, checkpoints in a dictionary."""
+
+    def __init__(self):
+        self.worker = gang_workers.FakeWorker()
+        self.worker.join(0, 1, None, None)
+        self.files, self.error, self.node_ids = {}, None, {"here"}
+        self.is_full = False
+
+    async def call(self, method, *arguments, deadline_s):
+        result = await asyncio.to_thread(getattr(self.worker, method), *arguments)
+        if method == "admit":
+            return [self.held(arguments[0], 0)]
+        return [{name: self.held(name, step) for name, step in result.items()} if method == "step" else result]
+
+    def held(self, name, step):
+        return Held(step=step, signature=self.worker.signature(name))
+
+    async def restore(self, name, key, deadline_s):
+        return self.held(name, self.worker.restore(name, self.files[key]))
+
+    async def finish(self, name, deadline_s):
+        return self.worker.finish(name)
+
+    async def checkpoint(self, name, prefix):
+        if self.is_full:
+            raise ReplicaLostError("writing a checkpoint: OSError")
+        step, data = self.worker.checkpoint(name)
+        self.files[f"{prefix}-{step}"] = data
+        return step, f"{prefix}-{step}"
+
+    async def discard(self, key):
+        del self.files[key]
+
+    async def watch(self):
+        await asyncio.Event().wait()
+
+    def check(self):
+        pass
+
+    def lose(self, reason):
+        raise AssertionError(reason)
+
+
+@pytest.fixture
+def rank():
+    return OneRank()
+
+
+def denoise(denoiser, *args, value=1.0, **options):
+    return publishing(denoiser, assignment(torch.full((3,), value), *args, **options))
+
+
+def test_two_residents_finish_oldest_first(rank):
+    order = []
+
+    async def follow(denoiser, prompt):
+        async for message in denoise(denoiser, prompt):
+            if isinstance(message, Finished):
+                order.append(prompt)
+
+    async def both():
+        denoiser = Denoiser(CONFIG, rank)
+        await asyncio.gather(follow(denoiser, "first"), follow(denoiser, "second"))
+
+    asyncio.run(both())
+    assert order == ["first", "second"]
+
+
+async def at_step(seen, step):
+    """Wait until the job has made that step, and a while longer to see that it makes no more."""
+    while step not in steps_of(seen):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(4 * gang_workers.STEP_S)
+    assert max(steps_of(seen)) == step
+
+
+def test_a_job_runs_no_further_than_k_steps_beyond_what_is_published(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        given, seen = assignment(torch.ones(3), "unpublished", steps=12), []
+
+        async def read():
+            async for message in denoiser.generate(given):
+                seen.append(message)
+
+        reading = asyncio.create_task(read())
+        await at_step(seen, CONFIG.checkpoint_every)
+        saved = [message.checkpoint for message in seen if isinstance(message, Checkpointed)]
+        assert saved[0].key == f"jobs/job-unpublished/checkpoints/1-{saved[0].step}"
+        renewal = Renewal(attempt=1, published_step=saved[0].step, claim=given.claim)
+        await denoiser.hold("dispatcher", {given.job_id: renewal})  # says it as well as published does
+        await at_step(seen, saved[0].step + CONFIG.checkpoint_every)
+        reading.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_job_waits_while_no_checkpoint_can_be_written_and_goes_on_when_one_can(rank, monkeypatch):
+    monkeypatch.setattr("serve.denoiser._RETRY_S", 0.1)
+
+    async def scenario():
+        rank.is_full = True
+        denoiser, seen = Denoiser(CONFIG, rank), []
+
+        async def read():
+            async for message in denoise(denoiser, "unwritable", steps=8):
+                seen.append(message)
+
+        reading = asyncio.create_task(read())
+        await at_step(seen, CONFIG.checkpoint_every)
+        rank.is_full = False
+        await reading
+        assert isinstance(seen[-1], Finished)
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_waits_on_its_gang_is_released_in_the_middle_of_the_others_step(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        slow = denoise(denoiser, "slow", steps=2)
+        await anext(slow)
+        waiting = denoise(denoiser, "waiting", virtual_time=1.0)
+        coming = asyncio.create_task(collect(waiting))
+        await asyncio.sleep(0.2)
+        began = time.perf_counter()
+        await denoiser.release("job-waiting", 1)
+        assert (await coming)[-1] == Released(checkpoint=None)
+        assert time.perf_counter() - began < 0.5 * gang_workers.SLOW_STEP_S
+
+    asyncio.run(scenario())
+
+
+def test_a_released_job_goes_on_where_it_was(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        messages = denoise(denoiser, "moved", steps=6, value=3.0)
+        await until_step(messages, 3)
+        await denoiser.release("job-moved", 1)
+        rest = await collect(messages)
+        checkpoint = rest[-1].checkpoint
+        assert checkpoint.step == max([3, *steps_of(rest)]) <= 4
+        return checkpoint, await collect(denoise(denoiser, "moved", steps=6, source=checkpoint))
+
+    checkpoint, moved = asyncio.run(scenario())
+    assert steps_of(moved)[1:] == list(range(checkpoint.step + 1, 7))
+    assert torch.equal(moved[-1].latents.ref, torch.full((4,), 9.0))
+    assert rank.worker.jobs == {}
+
+
+def test_a_job_whose_checkpoint_is_its_end_is_finished_at_once(rank):
+    rank.files["end"] = pickle.dumps([request_of("ended"), 2.0, 4])
+    messages = asyncio.run(collect(denoise(Denoiser(CONFIG, rank), "ended", source=Checkpoint(key="end", step=4))))
+    assert [type(message) for message in messages] == [Progress, Finished]
+    assert torch.equal(messages[-1].latents.ref, torch.full((4,), 2.0))
+
+
+def test_a_checkpoint_that_comes_after_its_job_was_dropped_is_removed(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        messages = denoise(denoiser, "dropped", steps=1000)
+        await until_step(messages, 1)
+        writing, go_on = asyncio.Event(), asyncio.Event()
+        checkpoint = rank.checkpoint
+
+        async def slowly(*arguments):
+            writing.set()
+            written = await checkpoint(*arguments)
+            await go_on.wait()
+            return written
+
+        rank.checkpoint = slowly
+        reading = asyncio.create_task(collect(messages))
+        await writing.wait()
+        await denoiser.drop("job-dropped", 1)
+        go_on.set()
+        while rank.worker.jobs or rank.files:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        reading.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_newer_attempt_at_a_job_puts_out_the_former(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        former = denoise(denoiser, "again", steps=1000)
+        await until_step(former, 1)
+        newer = denoise(denoiser, "again", steps=2, attempt=2)
+        await anext(newer)
+        with pytest.raises(ReplicaLostError, match="another attempt"):
+            await collect(former)
+        return await collect(newer)
+
+    assert isinstance(asyncio.run(scenario())[-1], Finished)
+
+
+def test_a_job_is_dropped_when_its_dispatcher_is_silent_or_does_not_hold_it(rank, monkeypatch):
+    monkeypatch.setattr("serve.denoiser._GRACE_S", 0.0)
+
+    async def scenario():
+        denoiser = Denoiser(CONFIG.model_copy(update={"resident_lease_s": 1.0}), rank)
+        silent, let_go = denoise(denoiser, "silent", steps=1000), denoise(denoiser, "let-go", steps=1000)
+        await until_step(silent, 1)
+        going = asyncio.create_task(collect(let_go))
+        await asyncio.sleep(0.1)
+        given = assignment(torch.ones(3), "silent")
+        renewal = Renewal(attempt=1, published_step=0, claim=given.claim)
+        state = await denoiser.hold("dispatcher", {given.job_id: renewal})
+        assert (state.num_others, state.is_closed) == (0, False)
+        with pytest.raises(ReplicaLostError, match="does not hold it"):
+            await going
+        began = time.perf_counter()
+        with pytest.raises(ReplicaLostError, match="silent for 1 s"):
+            await collect(silent)
+        assert time.perf_counter() - began < 2.0
+
+    asyncio.run(scenario())
+
+
+def test_a_gang_that_leaves_hands_over_its_jobs_within_a_step_and_takes_no_more(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        streams = [denoise(denoiser, name, steps=1000) for name in ("one", "two")]
+        await until_step(streams[0], 2)
+        reading = [asyncio.create_task(collect(stream)) for stream in streams]
+        await asyncio.sleep(0.02)
+        assert await denoiser.leave("another node") == 0
+        began = time.perf_counter()
+        assert await denoiser.leave(next(iter(rank.node_ids))) == 2
+        assert time.perf_counter() - began < gang_workers.STEP_S + _LINGER_S + 0.3
+        for messages in await asyncio.gather(*reading):
+            assert isinstance(messages[-1], Released)
+        with pytest.raises(GangUnavailableError, match="leaving"):
+            await collect(denoise(denoiser, "late"))
+        assert denoiser.state("anybody").is_closed
+
+    asyncio.run(scenario())
+
+
+def test_a_more_urgent_job_of_the_tenant_interrupts_at_a_step_boundary(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        batch = denoise(denoiser, "batch", steps=8, is_urgent=False)
+        await until_step(batch, 2)
+        order = []
+
+        async def follow(name, messages):
+            async for message in messages:
+                if isinstance(message, Finished):
+                    order.append(name)
+
+        await asyncio.gather(follow("batch", batch), follow("urgent", denoise(denoiser, "urgent", steps=2)))
+        return order
+
+    assert asyncio.run(scenario()) == ["urgent", "batch"]
+
+
+@pytest.mark.parametrize(("limit", "num_sharing"), [(20, 2), (19, 1)])
+def test_jobs_of_one_signature_share_forwards_up_to_the_limit(rank, limit, num_sharing):
+    async def scenario():
+        denoiser = Denoiser(CONFIG.model_copy(update={"shared_forward_max_tokens": limit}), rank)
+        first = denoise(denoiser, "first", steps=8)
+        await until_step(first, 1)
+        second, _ = await asyncio.gather(collect(denoise(denoiser, "second", steps=3)), collect(first))
+        return second
+
+    messages = asyncio.run(scenario())
+    steps = [message for message in messages if isinstance(message, Progress) and message.seconds]
+    assert {message.num_sharing for message in steps} == {num_sharing}
