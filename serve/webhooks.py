@@ -16,6 +16,7 @@ import json
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ TIMEOUT_S = 15.0
 LEASE_S = 4 * TIMEOUT_S
 BACK_OFF_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0)
 """Waits after the first failure, the second, ...; then it is given up, 31 hours after the first try."""
-MAX_AT_ONCE = 16
+MAX_AT_ONCE, MAX_PER_TENANT = 32, 4
 
 
 class Client(Protocol):
@@ -52,20 +53,52 @@ class Webhooks:
         self._store = store
         self._client = client or PublicClient(timeout_s=TIMEOUT_S)
         self._clock = clock
+        self._running: dict[asyncio.Task[None], Delivery] = {}
 
     async def run_once(self, now: float) -> int:
-        """Try every delivery that is due at ``now``, several at once; returns how many were tried."""
-        due = await asyncio.to_thread(self._store.due_deliveries, now, MAX_AT_ONCE)
-        tried = await asyncio.gather(*(self._deliver(one, now) for one in due))
-        return sum(tried)
+        """Begin what is due at ``now`` and has room; returns how many deliveries were begun.
 
-    async def _deliver(self, due: Delivery, now: float) -> bool:
+        They go on in the background, so that a receiver that hangs holds up nobody else's: a tenant has at most
+        ``MAX_PER_TENANT`` at a time, and the next call begins the others'.
+        """
+        num_running = Counter(one.tenant for one in self._running.values())
+        known = {one.id for one in self._running.values()}  # some of them are not claimed yet
+        full = [tenant for tenant, number in num_running.items() if number >= MAX_PER_TENANT]
+        room = MAX_AT_ONCE - len(self._running)
+        due = await asyncio.to_thread(self._store.due_deliveries, now, room, full) if room else []
+        num_begun = 0
+        for one in due:
+            if one.id not in known and num_running[one.tenant] < MAX_PER_TENANT:
+                task = asyncio.create_task(self._try(one, now))
+                self._running[task] = one
+                task.add_done_callback(self._running.pop)
+                num_running[one.tenant] += 1
+                num_begun += 1
+        return num_begun
+
+    async def close(self) -> None:
+        """Break off what is under way; it is sent again when its claim runs out."""
+        for task in self._running:
+            task.cancel()
+        await self.idle()
+
+    async def idle(self) -> None:
+        """Wait until nothing is under way."""
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _try(self, due: Delivery, now: float) -> None:
+        try:
+            await self._deliver(due, now)
+        except Exception as error:  # noqa: BLE001 - nobody awaits this; the claim runs out and it is tried again
+            logger.error("webhook %s could not be handled: %s", due.id, type(error).__name__)
+
+    async def _deliver(self, due: Delivery, now: float) -> None:
         delivery = await asyncio.to_thread(self._store.claim_delivery, due.id, now, LEASE_S)
         if delivery is None:
-            return False  # another dispatcher was faster
+            return  # another dispatcher was faster
         tenant = await asyncio.to_thread(self._store.tenant, delivery.tenant)
         if tenant is None:
-            return False  # erased meanwhile, and its outbox with it
+            return  # erased meanwhile, and its outbox with it
         body = message(delivery)
         # The time of this try: a receiver refuses what is older than a few minutes.
         headers = signed_headers(tenant.webhook_secret, delivery.id, int(self._clock()), body)
@@ -75,7 +108,6 @@ class Webhooks:
         except FetchError as error:
             failure = error.message
         await asyncio.to_thread(self._note, delivery, failure, now)
-        return True
 
     def _note(self, delivery: Delivery, failure: str | None, now: float) -> None:
         """Write down how the try went; never where it went, because the URL may carry a secret."""

@@ -6,6 +6,7 @@ at least once, always under the same id.
 """
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, and_, insert, select, update
@@ -37,9 +38,11 @@ class Delivery:
 class Deliveries(Database):
     """Rows of deliveries."""
 
-    def due_deliveries(self, now: float, limit: int) -> list[Delivery]:
-        """What may be delivered now, longest due first."""
-        due = and_(deliveries.c.state == "waiting", deliveries.c.next_at <= now)
+    def due_deliveries(self, now: float, limit: int, but_not: Collection[str] = ()) -> list[Delivery]:
+        """What may be delivered now, longest due first, but not to these tenants."""
+        due = and_(
+            deliveries.c.state == "waiting", deliveries.c.next_at <= now, deliveries.c.tenant.not_in(list(but_not))
+        )
         query = select(deliveries).where(due).order_by(deliveries.c.next_at, deliveries.c.id).limit(limit)
         with self._engine.connect() as connection:
             return [_from_row(row) for row in connection.execute(query)]
