@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +50,9 @@ class DecodeLimits:
 
 
 class Decoders:
-    """Decodes on ``num_processes`` processes; every method blocks and may be called from any thread.
+    """Decodes on up to ``num_processes`` processes; every method blocks and may be called from any thread.
+
+    A process is started when it is first needed, or needed again.
 
     Args:
         num_processes: files decoded at the same time.
@@ -71,8 +73,8 @@ class Decoders:
     ) -> None:
         self._limits = limits or DecodeLimits()
         self._command = tuple(command)
-        self._turns = _Turns(num_processes, max_per_owner or num_processes, max_waiting)
-        self._idle = deque(DecoderProcess(self._command) for _ in range(num_processes))
+        self._turns = Turns(num_processes, max_per_owner or num_processes, max_waiting)
+        self._idle: list[DecoderProcess | None] = [None] * num_processes
         self._is_closed = False
 
     def probe(self, data: bytes, param: str | None = None, owner: str = "") -> MediaInfo:
@@ -109,7 +111,9 @@ class Decoders:
         """End the processes, those at work as soon as they are done."""
         self._is_closed = True
         while self._idle:
-            self._idle.pop().kill()
+            process = self._idle.pop()
+            if process is not None:
+                process.kill()
 
     def _frames(self, data: bytes, operation: str, options: Mapping[str, Any]) -> Frames:
         shape = (options["height"], options["width"], 3)
@@ -161,21 +165,21 @@ class Decoders:
     def _process(self) -> Iterator[DecoderProcess]:
         if self._is_closed:
             raise DecoderLostError("the decoders are closed")
-        process = self._idle.popleft()
+        process = self._idle.pop()
         try:
-            if not process.is_alive():
-                process = self._replaced(process)
+            if process is not None and not process.is_alive():
+                process.kill()
+                process = None
+            if process is None:
+                process = DecoderProcess(self._command)
             yield process
         finally:
-            if process.is_unsettled:
-                process = self._replaced(process)
+            if process is not None and process.is_unsettled:
+                process.kill()
+                process = None
             self._idle.append(process)
             if self._is_closed:
                 self.close()
-
-    def _replaced(self, process: DecoderProcess) -> DecoderProcess:
-        process.kill()
-        return DecoderProcess(self._command)
 
     def _explained(self, end: End) -> Exception:
         limits = self._limits
@@ -198,7 +202,7 @@ class Decoders:
         return RequestError(_FAILED, None, "decoding_failed")
 
 
-class _Turns:
+class Turns:
     """Who may decode now: bounded in all, per owner, and in how many may wait."""
 
     def __init__(self, total: int, per_owner: int, max_waiting: int) -> None:
@@ -209,8 +213,17 @@ class _Turns:
         self._waiting: Counter[str] = Counter()
         self._changed = threading.Condition()
 
+    def num_waiting(self, owner: str) -> int:
+        """Of one owner."""
+        return self._waiting[owner]
+
     @contextlib.contextmanager
     def taken(self, owner: str) -> Iterator[None]:
+        """Wait for a turn, and have it inside.
+
+        Raises:
+            DecodersBusyError: too many of the owner wait.
+        """
         with self._changed:
             if self._waiting[owner] >= self._max_waiting:
                 raise DecodersBusyError(f"{self._max_waiting} files are waiting to be decoded; try again later")

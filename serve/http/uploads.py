@@ -2,7 +2,7 @@
 
 The stock client always sends multipart; people and other clients send JSON. Both say the same things:
 plain fields, our own under ``pusa``, and media as files, as data URLs, or (for an extension) as the id
-of a video made here. Media by URL is refused: nothing is ever fetched.
+of a video made here. Media by URL is only noted here: see ``serve.http.media``.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
@@ -34,6 +34,24 @@ class Upload:
     content_type: str
     """What the sender called it; nothing relies on it."""
 
+    @property
+    def identity(self) -> bytes:
+        """What tells it from other media when a request is repeated."""
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class MediaUrl:
+    """One image or clip that lies somewhere else, as its URL was written."""
+
+    param: str
+    url: str = field(repr=False)
+
+    @property
+    def identity(self) -> bytes:
+        """What tells it from other media when a request is repeated."""
+        return b"url:" + self.url.encode(errors="surrogatepass")
+
 
 @dataclass(frozen=True, slots=True)
 class VideoReference:
@@ -42,6 +60,14 @@ class VideoReference:
     param: str
     id: str
 
+    @property
+    def identity(self) -> bytes:
+        """What tells it from other media when a request is repeated."""
+        return b"id:" + self.id.encode(errors="surrogatepass")
+
+
+Media = Upload | MediaUrl | VideoReference
+
 
 @dataclass(frozen=True, slots=True)
 class IncomingBody:
@@ -49,7 +75,7 @@ class IncomingBody:
 
     fields: dict[str, Any]
     """Everything but the media; not validated yet."""
-    media: tuple[Upload | VideoReference, ...]
+    media: tuple[Media, ...]
     """In the order they were sent."""
 
 
@@ -106,7 +132,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 async def _from_form(form: FormData, media_field: str) -> IncomingBody:
     fields: dict[str, Any] = {}
-    media: list[Upload | VideoReference] = []
+    media: list[Media] = []
     for name, value in form.multi_items():
         if name == media_field or name.startswith(f"{media_field}["):
             param = f"{media_field}[{len(media)}]" if name.endswith("[]") else name
@@ -131,7 +157,7 @@ async def _from_form(form: FormData, media_field: str) -> IncomingBody:
     return IncomingBody(fields, tuple(media))
 
 
-def _from_part(name: str, text: str, media_field: str, param: str) -> Upload | VideoReference:
+def _from_part(name: str, text: str, media_field: str, param: str) -> Media:
     """A text part: ``input_reference[image_url]`` is what the stock client makes of an object."""
     if name in (media_field, f"{media_field}[]"):
         return _from_url(text, param)
@@ -163,7 +189,7 @@ def _with_plain_fields(fields: dict[str, Any], pusa: Any) -> Any:
     return {**pusa, **plain}
 
 
-def _from_references(value: Any, media_field: str) -> Iterable[Upload | VideoReference]:
+def _from_references(value: Any, media_field: str) -> Iterable[Media]:
     if not isinstance(value, list):
         yield _from_reference(value, media_field)
         return
@@ -171,7 +197,7 @@ def _from_references(value: Any, media_field: str) -> Iterable[Upload | VideoRef
         yield _from_reference(one, f"{media_field}[{index}]")
 
 
-def _from_reference(value: Any, param: str) -> Upload | VideoReference:
+def _from_reference(value: Any, param: str) -> Media:
     if isinstance(value, str):
         return _from_url(value, param)
     if isinstance(value, dict) and len(value) == 1:
@@ -179,7 +205,7 @@ def _from_reference(value: Any, param: str) -> Upload | VideoReference:
     raise RequestError(f'{param}: write {{"image_url": "data:..."}}', param, "invalid_reference")
 
 
-def _from_object(reference: dict[str, Any], param: str) -> Upload | VideoReference:
+def _from_object(reference: dict[str, Any], param: str) -> Media:
     ((key, value),) = reference.items()
     where = f"{param}.{key}"
     if not isinstance(value, str):
@@ -198,12 +224,10 @@ def _from_object(reference: dict[str, Any], param: str) -> Upload | VideoReferen
     raise unknown_field(key, where, ["image_url", "id"])
 
 
-def _from_url(url: str, param: str) -> Upload:
+def _from_url(url: str, param: str) -> Upload | MediaUrl:
     scheme, _, rest = url.partition(":")
     if scheme.lower() in ("http", "https"):
-        raise RequestError(
-            f"{param}: media by URL is off; upload the file itself or send a data URL", param, "media_by_url_disabled"
-        )
+        return MediaUrl(param, url)
     header, comma, payload = rest.partition(",")
     content_type, *parameters = header.split(";")
     if scheme.lower() != "data" or not comma or "base64" not in parameters:

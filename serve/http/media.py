@@ -1,0 +1,130 @@
+"""Media of a body made ready for use: fetched where they came as URLs, and looked into by a decoder.
+
+Everything here may take seconds and none of it may cost the gateway more than a waiting thread: what is
+fetched and what is decoded at the same time is bounded, for everybody and for each tenant.
+"""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pusa_dist.errors import RequestError
+from pusa_dist.media.child import DecoderLostError
+from pusa_dist.media.decoders import DecodeLimits, Decoders, DecodersBusyError
+from pusa_dist.request import MediaInfo
+from serve.config import UploadLimits
+from serve.http.errors import ServeError
+from serve.http.fetch import FetchError, PublicClient
+from serve.http.uploads import MediaUrl, Upload
+
+MAX_FETCHING, MAX_FETCHING_PER_TENANT = 8, 4
+"""Requests whose media are being fetched; each holds a thread of the gateway."""
+
+
+class IncomingMedia:
+    """What a gateway does with media before it keeps them; every method blocks.
+
+    Args:
+        limits: of uploads.
+        client: fetches; by default, one with the configured time, if fetching is on at all.
+        decoders: look into files; by default, as many as configured.
+    """
+
+    def __init__(
+        self, limits: UploadLimits, client: PublicClient | None = None, decoders: Decoders | None = None
+    ) -> None:
+        self._limits = limits
+        if client is None and limits.media_by_url:
+            client = PublicClient(timeout_s=limits.media_by_url_timeout_s)
+        self._client = client
+        self._fetching: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._decoders = decoders or Decoders(
+            limits.decoders,
+            DecodeLimits(
+                num_bytes=limits.max_body_bytes,
+                wall_s=limits.decode_timeout_s,
+                cpu_s=max(1, round(limits.decode_timeout_s)),
+                memory_bytes=limits.decode_memory_mib * 2**20,
+            ),
+            max_per_owner=max(1, limits.decoders - 1),
+        )
+
+    def close(self) -> None:
+        """End the decoders."""
+        self._decoders.close()
+        if self._client is not None:
+            self._client.close()
+
+    def fetched(self, media: Sequence[Upload | MediaUrl], tenant: str) -> list[Upload]:
+        """The same media, all of them here.
+
+        Raises:
+            RequestError: a URL could not be fetched. Codes: ``media_by_url_disabled`` and ``media_url_`` with
+                one of ``serve.http.fetch.FetchErrorCode``.
+            ServeError: 503, too many are being fetched.
+        """
+        urls = [one for one in media if isinstance(one, MediaUrl)]
+        if not urls:
+            return [one for one in media if isinstance(one, Upload)]
+        if self._client is None:
+            raise RequestError(
+                f"{urls[0].param}: media by URL is off; upload the file itself or send a data URL",
+                urls[0].param,
+                "media_by_url_disabled",
+            )
+        with self._turn(tenant):
+            return asyncio.run(self._fetch(self._client, media))
+
+    def probe(self, upload: Upload, tenant: str) -> MediaInfo:
+        """Recognise, check and fully decode a file, in a process that can be killed.
+
+        Raises:
+            RequestError: it cannot be used; see ``Decoders.probe``.
+            ServeError: 503, too many files of the tenant wait, or the decoders do not work.
+        """
+        try:
+            return self._decoders.probe(upload.data, upload.param, tenant)
+        except DecodersBusyError as error:
+            raise ServeError(503, "decoding_busy", str(error), upload.param) from error
+        except DecoderLostError as error:
+            message = f"{upload.param}: it could not be looked into at the moment; try again later"
+            raise ServeError(503, "decoding_unavailable", message, upload.param) from error
+
+    @contextmanager
+    def _turn(self, tenant: str) -> Iterator[None]:
+        with self._lock:
+            if self._fetching.total() >= MAX_FETCHING or self._fetching[tenant] >= MAX_FETCHING_PER_TENANT:
+                raise ServeError(503, "fetching_busy", "too many media are being fetched; try again in a few seconds")
+            self._fetching[tenant] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetching -= Counter([tenant])  # and forgets those that have none
+
+    async def _fetch(self, client: PublicClient, media: Sequence[Upload | MediaUrl]) -> list[Upload]:
+        left = self._limits.max_body_bytes - sum(len(one.data) for one in media if isinstance(one, Upload))
+        uploads = []
+        param = None
+        try:
+            async with asyncio.timeout(self._limits.media_by_url_timeout_s):
+                for one in media:
+                    param = one.param
+                    if isinstance(one, MediaUrl):
+                        one = Upload(one.param, await client.get(one.url, left), "")
+                        left -= len(one.data)
+                    uploads.append(one)
+        except TimeoutError as error:
+            raise _refusal(param, FetchError("too_slow", "it took too long to arrive")) from error
+        except FetchError as error:
+            raise _refusal(param, error) from error
+        return uploads
+
+
+def _refusal(param: str | None, error: FetchError) -> RequestError:
+    return RequestError(
+        f"{param}: {error}; upload the file itself or send a data URL", param, f"media_url_{error.code}"
+    )
