@@ -1,172 +1,63 @@
-"""``python -m serve``: a Ray of its own and the whole service in it, until Ctrl-C."""
+"""``python -m serve``: the service; or, with a command, something done to its store, running or not."""
 
 import argparse
 import logging
-import os
-import signal
-import socket
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
 
 from pusa_dist.errors import ConfigError
-from serve.config import ServeConfig
+from serve.commands import audit, backup, keys, run, tenants
+from serve.commands.options import add_store_arguments
+from serve.store.artifacts import StorageError
 
-APP_NAME = "pusa"
-_MIN_CPUS = 2
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "keys": (keys.add_arguments, "create, list and revoke API keys"),
+    "tenants": (tenants.add_arguments, "weights and quotas; erase a tenant"),
+    "audit": (audit.add_arguments, "who changed keys, tenants and quotas"),
+    "backup": (backup.add_backup_arguments, "copy the store while the service runs"),
+    "restore": (backup.add_restore_arguments, "fill an empty store with a backup"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the service; returns the exit code: 2 for a configuration that cannot work."""
-    options = _parser().parse_args(arguments)
+    """Run the service or a command; returns the exit code: 2 for a configuration that cannot work."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(given).parse_args(given)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
-        config = read_config(options)
-        return _serve(config, options.host, options.port)
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
     except ConfigError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
+    except DBAPIError as error:
+        print(f"serve: the database cannot be used: {error.orig}", file=sys.stderr)
+        return 1
+    except StorageError as error:
+        print(f"serve: the artifact store cannot be used: {error}", file=sys.stderr)
+        return 1
 
 
-def read_config(options: argparse.Namespace) -> ServeConfig:
-    """The configuration of the command line: a file, then its overrides.
-
-    Raises:
-        ConfigError: the file cannot be read, or a setting cannot work.
-    """
-    values = {} if options.config is None else _application_args(Path(options.config))
-    overrides = {"model": options.model, "state_dir": options.state, "weights_root": options.weights}
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    try:
-        config = ServeConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {first['msg']} (given: {first['input']!r})") from error
-    config.load_model()
-    return config
-
-
-def _application_args(path: Path) -> dict[str, Any]:
-    """``args`` of the only application in a Serve config file, or the whole file when it has no applications."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"configuration {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"configuration {path}: expected a mapping of settings, got {type(values).__name__}")
-    if "applications" not in values:
-        return values
-    applications = values["applications"]
-    if not isinstance(applications, list) or len(applications) != 1:
-        raise ConfigError(f"configuration {path}: expected exactly one application")
-    return dict(applications[0].get("args") or {})
-
-
-def _serve(config: ServeConfig, host: str, port: int) -> int:
-    stop = threading.Event()
-    _make_folder(config.state_dir)
-    _check_port(host, port)
-    started = time.perf_counter()
-    _set_environment()
-    import ray  # after the environment, which Ray reads when it is imported
-    from ray import serve as ray_serve
-
-    from serve.app import build_app, require_loopback
-
-    require_loopback(config, host)
-    stops: tuple[Any, ...] = (ray_serve.shutdown, ray.shutdown)
-    # A short path: the sockets in it may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        ray.init(
-            address="local",  # never join a cluster that happens to run on this machine
-            num_cpus=max(_MIN_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )
-        _on_signal(_interrupt)  # Ray has put its own handlers in place
-        try:
-            ray_serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": host, "port": port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
-            )
-            try:
-                quiet = {"log_level": "WARNING", "enable_access_log": False}
-                ray_serve.run(build_app(config), name=APP_NAME, logging_config=quiet)
-            except RuntimeError as error:
-                print(f"serve: {error}", *_reasons(ray_serve.status()), sep="\n", file=sys.stderr)
-                return 1
-            print(
-                f"ready: http://{host}:{port} (model {config.model}, {time.perf_counter() - started:.1f} s)", flush=True
-            )
-            _on_signal(lambda *_: stop.set())
-            stop.wait()
-            print("stopping", flush=True)
-        except KeyboardInterrupt:
-            print("stopping before it was ready", flush=True)
-        finally:
-            _on_signal(lambda *_: None)  # from here on it ends anyway, and should end well
-            for end in stops:
-                end()
-    return 0
-
-
-def _make_folder(state_dir: str) -> None:
-    try:
-        Path(state_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"state_dir={state_dir} cannot be made: {error}; choose another with --state") from error
-
-
-def _check_port(host: str, port: int) -> None:
-    """Find out before Ray starts, which says so late and at length."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error}; choose another address with --host or --port"
-        ) from error
-
-
-def _on_signal(handler: Callable[[int, Any], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def _interrupt(_number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _reasons(status: Any) -> list[str]:
-    """What the deployments that are not healthy say of themselves."""
-    deployments = status.applications[APP_NAME].deployments
-    return [f"{name}: {one.message}" for name, one in deployments.items() if one.status != "HEALTHY"]
-
-
-def _set_environment() -> None:
-    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
-    os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray runs workers at nice 15 by default; on a shared machine a gang would starve beside anything else.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="serve", description="Serve video generation over HTTP.")
-    parser.add_argument("--model", help="name or path of a model's configuration (default: debug)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--state", metavar="DIR", help="folder of the database and artifacts (default: state)")
-    parser.add_argument("--config", metavar="FILE", help="Serve config file, such as configs/serve/production.yaml")
-    parser.add_argument("--weights", metavar="DIR", help="folder of the model's weights")
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Without a command, the arguments are those of ``run``."""
+    parser = argparse.ArgumentParser(
+        prog="serve",
+        description="Serve video generation over HTTP, until Ctrl-C.",
+        epilog="commands on the store of a service, running or not: "
+        + "; ".join(f"{name} ({meaning})" for name, (_, meaning) in COMMANDS.items()),
+    )
+    if arguments and arguments[0] in COMMANDS:
+        commands = parser.add_subparsers(required=True, metavar="COMMAND")
+        for name, (add_arguments, meaning) in COMMANDS.items():
+            add_arguments(commands.add_parser(name, help=meaning))
+        return parser
+    if arguments and arguments[0] == "run":
+        parser.add_argument("run", choices=["run"])
+    run.add_arguments(parser)
+    add_store_arguments(parser)
+    parser.set_defaults(command=run.run)
     return parser
 
 

@@ -6,7 +6,8 @@ rows, it locks them in the order tenant, job, anything else: no two wait for eac
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ class Database:
         """
         migrate(self._engine)
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A connection that reads everything as it is at one moment, and keeps nobody from writing."""
+        with self._engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("BEGIN")
+            else:
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+            connection.rollback()
+
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
@@ -72,6 +84,8 @@ def open_database(url: str, synchronous: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: object) -> None:
         connection.execute(f"PRAGMA synchronous={synchronous}")
+        # What a tenant deletes, prompts among it, is not left in the file.
+        connection.execute("PRAGMA secure_delete=ON")
 
     return engine
 

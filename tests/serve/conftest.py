@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,30 @@ from tests.serve.store_support import Clock
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """URL of a PostgreSQL server of our own."""
     pytest.importorskip("psycopg", reason="no PostgreSQL: psycopg is not installed (extra 'postgres')")
-    with own_postgres(tmp_path_factory.mktemp("postgres")) as url:
+    with own_postgres() as url:
         yield url
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
-    """An empty database, as a schema of the server's: those are made and dropped in no time."""
+    """An empty database."""
+    with _empty_database(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture
+def other_postgres_url(postgres_server: str) -> Iterator[str]:
+    """A second one."""
+    with _empty_database(postgres_server) as url:
+        yield url
+
+
+@contextmanager
+def _empty_database(postgres_server: str) -> Iterator[str]:
+    """A database, as a schema of the server's: those are made and dropped in no time."""
     name = f"test_{secrets.token_hex(4)}"
     server = create_engine(postgres_server, poolclass=NullPool)
     with server.begin() as connection:

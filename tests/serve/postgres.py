@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ SETTINGS = ("-c fsync=off", "-c synchronous_commit=off", "-c full_page_writes=of
 
 
 @contextmanager
-def own_postgres(folder: Path) -> Iterator[str]:
-    """Start a server in ``folder``; where there is none to start, skip by name.
+def own_postgres() -> Iterator[str]:
+    """Start a server; where there is none to start, skip by name.
 
     The machine's own PostgreSQL, else the one of the package pgserver.
     """
@@ -25,9 +26,14 @@ def own_postgres(folder: Path) -> Iterator[str]:
         pytest.skip("no PostgreSQL: neither initdb and pg_ctl nor the package pgserver are on this machine")
     # PostgreSQL refuses to run as root.
     user = "nobody" if os.geteuid() == 0 else None
+    # Not below pytest's own folder, which every session that starts closes to other users again.
+    with tempfile.TemporaryDirectory(prefix="postgres-") as name, _running(programs, Path(name), user) as url:
+        yield url
+
+
+@contextmanager
+def _running(programs: Path, folder: Path, user: str | None) -> Iterator[str]:
     if user is not None:
-        for path in (folder, *folder.parents[:2]):
-            path.chmod(0o755)
         shutil.chown(folder, user)
     port = _free_port()
 
