@@ -1,0 +1,140 @@
+"""The adaptation itself: low-rank updates of a frozen transformer, through peft.
+
+They sit where Pusa's do, on the query, key, value and output of both attentions and both linears of the
+feed-forward of every block; the input, time and text embeddings and the head stay the base's. Files are in
+Pusa's format (original Wan names, ``<linear>.lora_A.default.weight``), which the product merges as
+``W = W0 + strength * (B @ A)`` with no division by the rank.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pusa_dist.checkpoint.keys import original_name
+from pusa_dist.checkpoint.load import read_tensors, refuse
+from pusa_dist.errors import ConfigError
+from pusa_dist.model.transformer import VectorTimestepTransformer
+
+TARGETS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
+"""Full names of the adapted linears."""
+_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def inject(
+    transformer: VectorTimestepTransformer, rank: int, alpha: float | None = None, *, seed: int = 0
+) -> VectorTimestepTransformer:
+    """Add an adapter that starts as no change, and freeze everything else, in place.
+
+    A is drawn as peft draws it (Kaiming uniform), B is zero. Both are float32 whatever the base is, on the
+    base's device; they compute in float32 unless autocast says otherwise.
+
+    Args:
+        transformer: loaded; may be on the meta device.
+        rank: r of every update.
+        alpha: the update is ``alpha / rank * (B @ A)``; None: the rank, as Pusa trains.
+        seed: of A.
+
+    Returns:
+        ``transformer``.
+
+    Raises:
+        ConfigError: the rank is not positive, or there is an adapter already.
+    """
+    if rank < 1:
+        raise ConfigError(f"rank={rank}: use at least 1; Pusa V1.0 has 512")
+    if adapter_parameters(transformer):
+        raise ConfigError("the transformer has an adapter already; load the base again")
+    from peft import LoraConfig, inject_adapter_in_model  # imported late: it takes seconds
+
+    scale = rank if alpha is None else alpha
+    # peft types lora_alpha as a whole number and divides it by the rank; any number will do.
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scale, target_modules=TARGETS), transformer)  # type: ignore[arg-type]
+    for name, parameter in adapter_parameters(transformer).items():
+        parameter.data = parameter.data.float()
+        if parameter.device.type != "meta" and name.endswith(_DOWN):
+            parameter.data.copy_(_kaiming(parameter, seed, name))
+    return transformer
+
+
+def _kaiming(like: Tensor, seed: int, name: str) -> Tensor:
+    # A generator for each tensor: ranks agree, and another layer changes nothing.
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+    return nn.init.kaiming_uniform_(torch.empty(like.shape), a=math.sqrt(5), generator=generator)
+
+
+def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters, all that is trained, by their names in the transformer."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+
+
+def published_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapter as it is published: Pusa's keys, on the CPU, for merging at strength 1.
+
+    The scale ``alpha / rank``, which the format has no place for, is part of B.
+    """
+    state = {}
+    for name, parameter in adapter_parameters(transformer).items():
+        linear = transformer.get_submodule(name.removesuffix(_DOWN).removesuffix(_UP))
+        scale = linear.scaling["default"] if name.endswith(_UP) else 1.0
+        state[_pusa_key(name)] = (_whole(parameter.detach()) * scale).cpu().contiguous()
+    return state
+
+
+def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Continue from a published adapter: the reverse of ``published_state``.
+
+    Args:
+        transformer: with an adapter injected.
+        tensors: of a file in Pusa's format, of the same rank.
+
+    Raises:
+        CheckpointError: listing every key that is missing, unexpected or of another shape; nothing was loaded.
+    """
+    parameters = {_pusa_key(name): (name, p) for name, p in adapter_parameters(transformer).items()}
+    given = {key.removeprefix("diffusion_model."): tensor for key, tensor in tensors.items()}
+    misshapen = [
+        f"{key} is {tuple(given[key].shape)}, not {tuple(parameter.shape)}"
+        for key, (_, parameter) in parameters.items()
+        if key in given and given[key].shape != parameter.shape
+    ]
+    missing, unexpected = sorted(parameters.keys() - given.keys()), sorted(given.keys() - parameters.keys())
+    refuse("the adapter", {"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
+    for key, (name, parameter) in parameters.items():
+        linear = transformer.get_submodule(name.removesuffix(_DOWN).removesuffix(_UP))
+        scale = linear.scaling["default"] if name.endswith(_UP) else 1.0
+        parameter.data.copy_(given[key].to(parameter) / scale)
+
+
+def save_adapter(transformer: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the adapter to a safetensors file in Pusa's format.
+
+    Args:
+        transformer: with an adapter.
+        path: of the file; its folder is made.
+        dtype: of the file; half precision halves it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.to(dtype) for key, tensor in published_state(transformer).items()}, path)
+
+
+def read_adapter(transformer: nn.Module, path: Path) -> None:
+    """``load_adapter`` from a file."""
+    load_adapter(transformer, read_tensors([path]))
+
+
+def _pusa_key(name: str) -> str:
+    """``blocks.0.attn1.to_q.lora_A.default.weight`` to ``blocks.0.self_attn.q.lora_A.default.weight``."""
+    half = _DOWN if name.endswith(_DOWN) else _UP
+    return original_name(name.removesuffix(half) + ".weight").removesuffix(".weight") + half
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor sharded over ranks, gathered (collective); any other as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
