@@ -31,11 +31,11 @@ def coverage(scene: Scene, num_frames: int = NUM_FRAMES, side: int = SIDE) -> ND
     axis = np.arange(side, dtype=np.float32)
     x = axis[None, None, :] - centres[:, 0, None, None]  # (T, 1, side)
     y = axis[None, :, None] - centres[:, 1, None, None]  # (T, side, 1)
-    return np.clip(0.5 - _distance(scene.shape, scene.radius, x, y), 0.0, 1.0)
+    return np.clip(0.5 - distance(scene.shape, scene.radius, x, y), 0.0, 1.0)
 
 
-def _distance(shape: str, radius: float, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels from the shape's edge, negative inside."""
+def distance(shape: str, radius: float, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pixels from the edge of the shape of a circle's area, negative inside; ``x``, ``y`` from its centre of area."""
     if shape == "circle":
         return np.sqrt(x**2 + y**2) - np.float32(radius)
     if shape == "square":
