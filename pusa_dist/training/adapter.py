@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -73,42 +74,48 @@ def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
 
 
+def parameters_by_key(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their keys in Pusa's files, such as ``blocks.0.ffn.2.lora_B.default.weight``."""
+    return {_pusa_key(name): parameter for name, parameter in adapter_parameters(transformer).items()}
+
+
 def published_state(transformer: nn.Module) -> dict[str, Tensor]:
     """The adapter as it is published: Pusa's keys, on the CPU, for merging at strength 1.
 
-    The scale ``alpha / rank``, which the format has no place for, is part of B.
+    The scale ``alpha / rank``, which the format has no place for, is part of B. Collective where the
+    parameters are sharded.
     """
-    state = {}
-    for name, parameter in adapter_parameters(transformer).items():
-        linear = transformer.get_submodule(name.removesuffix(_DOWN).removesuffix(_UP))
-        scale = linear.scaling["default"] if name.endswith(_UP) else 1.0
-        state[_pusa_key(name)] = (_whole(parameter.detach()) * scale).cpu().contiguous()
-    return state
+    return {
+        _pusa_key(name): (_whole(parameter.detach()) * _scale(transformer, name)).cpu().contiguous()
+        for name, parameter in adapter_parameters(transformer).items()
+    }
 
 
 def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Continue from a published adapter: the reverse of ``published_state``.
 
     Args:
-        transformer: with an adapter injected.
+        transformer: with an adapter injected, whole.
         tensors: of a file in Pusa's format, of the same rank.
 
     Raises:
         CheckpointError: listing every key that is missing, unexpected or of another shape; nothing was loaded.
     """
-    parameters = {_pusa_key(name): (name, p) for name, p in adapter_parameters(transformer).items()}
+    names = {_pusa_key(name): name for name in adapter_parameters(transformer)}
+    parameters = parameters_by_key(transformer)
     given = {key.removeprefix("diffusion_model."): tensor for key, tensor in tensors.items()}
-    misshapen = [
-        f"{key} is {tuple(given[key].shape)}, not {tuple(parameter.shape)}"
-        for key, (_, parameter) in parameters.items()
-        if key in given and given[key].shape != parameter.shape
-    ]
-    missing, unexpected = sorted(parameters.keys() - given.keys()), sorted(given.keys() - parameters.keys())
-    refuse("the adapter", {"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
-    for key, (name, parameter) in parameters.items():
-        linear = transformer.get_submodule(name.removesuffix(_DOWN).removesuffix(_UP))
-        scale = linear.scaling["default"] if name.endswith(_UP) else 1.0
-        parameter.data.copy_(given[key].to(parameter) / scale)
+    problems = {
+        "missing": sorted(parameters.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - parameters.keys()),
+        "misshapen": [
+            f"{key} is {tuple(given[key].shape)}, not {tuple(parameter.shape)}"
+            for key, parameter in parameters.items()
+            if key in given and given[key].shape != parameter.shape
+        ],
+    }
+    refuse("the adapter", problems)
+    for key, parameter in parameters.items():
+        parameter.data.copy_(given[key].to(parameter) / _scale(transformer, names[key]))
 
 
 def save_adapter(transformer: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -126,6 +133,14 @@ def save_adapter(transformer: nn.Module, path: Path, *, dtype: torch.dtype = tor
 def read_adapter(transformer: nn.Module, path: Path) -> None:
     """``load_adapter`` from a file."""
     load_adapter(transformer, read_tensors([path]))
+
+
+def _scale(transformer: nn.Module, name: str) -> float:
+    """What a half has to be multiplied by for the update to be B @ A alone."""
+    if name.endswith(_DOWN):
+        return 1.0
+    linear: Any = transformer.get_submodule(name.removesuffix(_UP))
+    return linear.scaling["default"]
 
 
 def _pusa_key(name: str) -> str:
