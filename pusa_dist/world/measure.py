@@ -37,6 +37,8 @@ _BLURS_PX = (1.0, 2.0)
 """How soft a shape may look."""
 _MIN_SPEED = 0.25
 """Pixels per frame; what moves less has no direction."""
+_MAX_PACE_ERROR = float(np.log(2) / 2)
+"""Of the logarithm of a speed: half the distance between the two words."""
 _MAX_TURN = np.tan(np.pi / 8)
 """Off the axis it moves along, at most 22.5 degrees."""
 
@@ -80,11 +82,12 @@ class Track:
 
     @property
     def pace(self) -> str | None:
-        """The word whose speed is nearest; None when it hardly moves."""
-        speed = self.speed
-        if speed is None or speed < _MIN_SPEED:
+        """The word for its speed; None when it is not within a factor of 1.41 of any word's."""
+        if not self.speed:
             return None
-        return min(SPEEDS, key=lambda word: abs(SPEEDS[word] - speed))
+        errors = {word: abs(float(np.log(self.speed / speed))) for word, speed in SPEEDS.items()}
+        nearest = min(errors, key=errors.__getitem__)
+        return nearest if errors[nearest] <= _MAX_PACE_ERROR else None
 
 
 def track(frames: NDArray[np.uint8]) -> Track:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pusa_dist.world.measure import direction_of, psnr, sight, track, velocity
+from pusa_dist.world.measure import Track, direction_of, psnr, sight, track, velocity
 from pusa_dist.world.render import render
 from pusa_dist.world.scene import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, scene
 
@@ -173,6 +173,13 @@ def test_a_colour_and_a_shape_of_no_name_have_none():
     seen = sight(frame)
     assert (seen.colour, seen.shape) == (None, None)
     assert seen.centre == pytest.approx((31.5, 22.5), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("speed", "word"), [(0.6, None), (0.8, "slowly"), (1.3, "slowly"), (1.6, "quickly"), (2.7, "quickly"), (3.0, None)]
+)
+def test_a_speed_has_the_word_it_is_near(speed, word):
+    assert Track(sights=(), colour=None, shape=None, velocity=(0.0, speed)).pace == word
 
 
 @pytest.mark.parametrize(
