@@ -1,10 +1,9 @@
-"""Putting every task to a served model for every pair, a few jobs at a time."""
+"""Putting questions to a served model, a few jobs at a time."""
 
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
-from itertools import product
 from typing import TypeAlias
 
 import httpx
@@ -23,14 +22,13 @@ Pictures: TypeAlias = Mapping[str, Sequence[Frames]]
 
 
 def answers(
-    client: httpx.Client, tasks: Sequence[Task], pairs: Sequence[Pair], in_flight: int
+    client: httpx.Client, questions: Sequence[tuple[Task, Pair]], in_flight: int
 ) -> tuple[dict[str, list[Outcome]], Pictures]:
-    """Outcomes by task, in the order of the pairs, and the videos of the first pairs.
+    """Outcomes by task, in the order of the questions, and the videos of each task's first pairs.
 
     Args:
         client: of the service.
-        tasks: what to ask.
-        pairs: for which scenes and seeds.
+        questions: what to ask, for which scenes and seeds.
         in_flight: jobs at once; the service is asked for no more before one of them has ended.
 
     Raises:
@@ -43,9 +41,8 @@ def answers(
         delete(client, video.id)
         return task.judge(pair, video.frames), video.frames
 
-    questions = list(product(tasks, pairs))
-    outcomes: dict[str, list[Outcome]] = {task.name: [] for task in tasks}
-    pictures: dict[str, list[Frames]] = {task.name: [] for task in tasks}
+    outcomes: dict[str, list[Outcome]] = {task.name: [] for task, _ in questions}
+    pictures: dict[str, list[Frames]] = {task.name: [] for task, _ in questions}
     with ThreadPoolExecutor(in_flight) as threads:
         results = threads.map(answer, questions)
         try:
