@@ -6,6 +6,7 @@ PORT ?= 8000
 STATE ?= state
 MODEL ?= debug
 PAIRS ?= 256
+TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 STAMP := $(VENV)/.installed
 
@@ -52,7 +53,7 @@ bench: $(STAMP)  ## the engine against diffusers, and the service against a plai
 	$(BIN)/python -m cluster.service_cost
 
 quality: $(STAMP)  ## the small model, alone and adapted, measured through the service: make quality PAIRS=256
-	$(BIN)/python -m cluster.quality --pairs $(PAIRS) --out outputs/quality
+	$(BIN)/python -m cluster.quality --pairs $(PAIRS) --text-pairs $(TEXT_PAIRS) --out outputs/quality
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt
