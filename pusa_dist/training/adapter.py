@@ -52,21 +52,25 @@ def inject(
         raise ConfigError("the transformer has an adapter already; load the base again")
     from peft import LoraConfig, inject_adapter_in_model  # imported late: it takes seconds
 
-    scale = rank if alpha is None else alpha
     # peft types lora_alpha as a whole number and divides it by the rank; any number will do.
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scale, target_modules=TARGETS), transformer)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=TARGETS)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, transformer, low_cpu_mem_usage=True)  # on the meta device, filled here
+    device = transformer.proj_out.weight.device
     for name, parameter in adapter_parameters(transformer).items():
-        parameter.data = parameter.data.float()
-        if parameter.device.type != "meta" and name.endswith(_DOWN):
-            parameter.data.copy_(_kaiming(parameter, seed, name))
+        holder: Any = transformer.get_submodule(name.removesuffix(".weight"))
+        value = parameter.data.float() if device.type == "meta" else _drawn(parameter.shape, seed, name).to(device)
+        holder.weight = nn.Parameter(value)
     return transformer
 
 
-def _kaiming(like: Tensor, seed: int, name: str) -> Tensor:
-    # A generator for each tensor: ranks agree, and another layer changes nothing.
+def _drawn(shape: torch.Size, seed: int, name: str) -> Tensor:
+    """Zeros for B, and for A a Kaiming draw from a generator of its own: ranks agree, and layers do not matter."""
+    value = torch.zeros(shape)
+    if name.endswith(_UP):
+        return value
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
-    return nn.init.kaiming_uniform_(torch.empty(like.shape), a=math.sqrt(5), generator=generator)
+    return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
 
 
 def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
