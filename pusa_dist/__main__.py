@@ -1,4 +1,4 @@
-"""Command line of the engine: ``python -m pusa_dist generate|plan|parity|bench``.
+"""Command line of the engine: ``python -m pusa_dist generate|plan|parity|bench|train``.
 
 ``generate`` also runs under ``torchrun --nproc-per-node N -m pusa_dist generate ...``.
 """
@@ -18,6 +18,7 @@ from pusa_dist.config import ModelConfig, ParallelConfig, from_mapping, load_mod
 from pusa_dist.errors import PusaError, RequestError
 from pusa_dist.geometry import shard_sizes, tokens_per_frame
 from pusa_dist.request import GenerationRequest, RequestParams, check_request, resolve_request
+from pusa_dist.training.cli import add_train
 
 OTHER_RANKS_WAIT_S = 10.0
 """torchrun ends a gang well within this once one of its ranks has failed."""
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parity = commands.add_parser("parity", help="compare with recorded tensors of the public code")
     parity.add_argument("folder", type=Path, help="folder with a manifest.json")
     parity.set_defaults(run=_parity)
+    add_train(commands.add_parser("train", help="train a small model, stage by stage"))
     bench = commands.add_parser("bench", help="measure the engine against diffusers in one run")
     bench.add_argument("--rounds", type=int, default=15, help="timed rounds of each variant (at least 5)")
     bench.add_argument("--json", type=Path, help="also write the figures here")
