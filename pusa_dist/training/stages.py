@@ -24,7 +24,7 @@ from pusa_dist.training.adapter import inject, save_adapter
 from pusa_dist.training.data import encode_world, load_world, tokenise_all
 from pusa_dist.training.distributed import Ranks
 from pusa_dist.training.export import STORED, fold_statistics, save_text_encoder, save_transformer, save_vae
-from pusa_dist.training.loop import train
+from pusa_dist.training.loop import LoopOptions, train
 from pusa_dist.training.preview import preview
 from pusa_dist.training.transformer import AdaptOptions, BaseOptions, Batches, TextToVideo, adapt_loss, base_loss
 from pusa_dist.training.vae import VaeOptions, train_vae
@@ -76,6 +76,7 @@ def base_stage(model: ModelConfig, options: BaseOptions, run: Path, ranks: Ranks
         save_transformer(net.transformer, run / WEIGHTS / "transformer.safetensors")
         save_text_encoder(net.text_encoder, run / WEIGHTS / "text_encoder.safetensors")
         tokenizer.save(str(run / WEIGHTS / "tokenizer.json"))
+        _record(run, "base", loop, ranks)
 
 
 def adapt_stage(model: ModelConfig, options: AdaptOptions, run: Path, ranks: Ranks) -> None:
@@ -105,6 +106,7 @@ def adapt_stage(model: ModelConfig, options: AdaptOptions, run: Path, ranks: Ran
     train(transformer, loss, loop, run / "adapt", sample, ranks)
     if ranks.is_first:
         save_adapter(transformer, run / WEIGHTS / "pusa_lora.safetensors", dtype=STORED)
+        _record(run, "adapt", loop, ranks)
 
 
 def in_folder(model: ModelConfig, run: Path) -> ModelConfig:
@@ -122,6 +124,15 @@ def _report(folder: Path, step: int, **found: dict[str, float]) -> None:
     with (folder / "previews.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     logger.info("%s", line)
+
+
+def _record(run: Path, stage: str, loop: LoopOptions, ranks: Ranks) -> None:
+    """Keep beside the weights what a stage has cost; ``make quality`` judges it."""
+    path = run / WEIGHTS / "training.json"
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    samples = loop.steps * loop.batch_size * ranks.world_size
+    stages[stage] = {"steps": loop.steps, "samples": samples, "seed": loop.seed}
+    path.write_text(json.dumps(stages, indent=1) + "\n")
 
 
 def _rounded(values: Tensor) -> list[float]:
