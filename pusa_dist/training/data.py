@@ -72,8 +72,10 @@ def encode_world(vae: AutoencoderKLWan, seeds: Sequence[int], batch_size: int = 
     for start in tqdm(range(0, len(seeds), batch_size), desc="encode", unit="batch"):
         clips = np.stack([render(scene(seed)) for seed in seeds[start : start + batch_size]])
         video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float().to(vae.device) / 127.5 - 1.0
-        parts.append(((encode_moments(vae, video)[0].cpu() - mean) / std).half())
-    return torch.cat(parts)
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            means, _ = encode_moments(vae, video)
+        parts.append(((means.float().cpu() - mean) / std).half())
+    return torch.cat(parts).contiguous()
 
 
 def tokenise_all(tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from pusa_dist.checkpoint.vae import build_vae
 from pusa_dist.config import ModelConfig
 from pusa_dist.model.text import encode_ids
 from pusa_dist.model.transformer import new_transformer
+from pusa_dist.training.accelerate import as_written, compile_blocks
 from pusa_dist.training.adapter import inject, save_adapter
 from pusa_dist.training.data import encode_world, load_world, tokenise_all
 from pusa_dist.training.distributed import Ranks
@@ -60,12 +61,15 @@ def base_stage(model: ModelConfig, options: BaseOptions, run: Path, ranks: Ranks
     negative = tokenise_all(tokenizer, [model.defaults.negative_prompt], model.text_encoder.max_tokens)
     torch.manual_seed(loop.seed)
     net = TextToVideo(new_transformer(model.transformer), new_text_encoder(model.text_encoder)).to(loop.device)
+    if options.compile:
+        compile_blocks(net.transformer)
     batches = Batches(world, negative, loop, options.caption_dropout, shared=True)
     scenes, prompts = _held_out(model, tokenizer)
 
     def sample(step: int) -> None:
         contexts = (encode_ids(net.text_encoder, *prompts), encode_ids(net.text_encoder, *negative))
-        seen = preview(model, net.transformer, vae, scenes, contexts, run / "base" / f"text-{step:06d}.png")
+        with as_written(net.transformer):
+            seen = preview(model, net.transformer, vae, scenes, contexts, run / "base" / f"text-{step:06d}.png")
         _report(run / "base", step, text=seen)
 
     def loss(step: int, _: torch.Generator) -> dict[str, Tensor]:
@@ -89,14 +93,17 @@ def adapt_stage(model: ModelConfig, options: AdaptOptions, run: Path, ranks: Ran
     negative = tokenise_all(tokenizer, [model.defaults.negative_prompt], model.text_encoder.max_tokens)
     transformer = build_transformer(base, "main", device=loop.device, precision="fp32")
     inject(transformer, options.rank, seed=loop.seed)
+    if options.compile:
+        compile_blocks(transformer)
     batches = Batches(world, negative, loop, options.caption_dropout, shared=False)
     scenes, prompts = _held_out(model, tokenizer)
     contexts = (encode_ids(text_encoder, *prompts), encode_ids(text_encoder, *negative))
 
     def sample(step: int) -> None:
         show = partial(preview, model, transformer, vae, scenes, contexts)
-        text = show(run / "adapt" / f"text-{step:06d}.png")
-        image = show(run / "adapt" / f"image-{step:06d}.png", first_frame=True)
+        with as_written(transformer):
+            text = show(run / "adapt" / f"text-{step:06d}.png")
+            image = show(run / "adapt" / f"image-{step:06d}.png", first_frame=True)
         _report(run / "adapt", step, text=text, image=image)
 
     def loss(step: int, _: torch.Generator) -> dict[str, Tensor]:

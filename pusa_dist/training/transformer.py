@@ -15,9 +15,10 @@ from transformers import UMT5EncoderModel
 
 from pusa_dist.model.text import encode_ids
 from pusa_dist.model.transformer import VectorTimestepTransformer
+from pusa_dist.training.accelerate import training_forward
 from pusa_dist.training.cache import sample_order
 from pusa_dist.training.data import WorldLatents
-from pusa_dist.training.loop import LoopOptions, autocast
+from pusa_dist.training.loop import LoopOptions
 from pusa_dist.training.objective import Lesson, TrainingSchedule, draw, lesson, sample_generator
 from pusa_dist.training.objective import loss as adaptation_loss
 
@@ -28,12 +29,13 @@ class BaseOptions:
 
     loop: LoopOptions = field(
         default_factory=lambda: LoopOptions(
-            steps=8000, batch_size=48, lr=1e-3, warmup=200, betas=(0.9, 0.99), ema=0.9995, sample_every=1000
+            steps=4000, batch_size=48, lr=1e-3, warmup=200, betas=(0.9, 0.99), ema=0.999, sample_every=500
         )
     )
-    num_clips: int = 8192
+    num_clips: int = 6144
     caption_dropout: float = 0.1
     """Share of the samples that get the negative prompt."""
+    compile: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +44,12 @@ class AdaptOptions:
 
     loop: LoopOptions = field(
         default_factory=lambda: LoopOptions(
-            steps=800, batch_size=48, lr=2e-3, warmup=50, betas=(0.9, 0.99), ema=0.99, sample_every=400
+            steps=400, batch_size=48, lr=2e-3, warmup=40, betas=(0.9, 0.99), ema=0.98, sample_every=200
         )
     )
-    num_clips: int = 8192
+    num_clips: int = 6144
     rank: int = 16
+    compile: bool = True
     caption_dropout: float = 0.1
     """As in the base, so that guidance works at any mixture of noise levels. Pusa's own run dropped none."""
 
@@ -99,7 +102,7 @@ class Batches:
 def base_loss(model: TextToVideo, batches: Batches, loop: LoopOptions, numbers: range) -> Mapping[str, Tensor]:
     """Mean squared error of the velocity, every noise level alike."""
     given, tokens, masks = batches(numbers)
-    with autocast(loop):
+    with training_forward(loop):
         context = encode_with_gradient(model.text_encoder, tokens, masks)
         velocity = model.transformer(given.noisy, given.timesteps, context)
     return {"loss": (velocity.float() - given.target).square().mean()}
@@ -114,7 +117,7 @@ def adapt_loss(
 ) -> Mapping[str, Tensor]:
     """The objective of the paper; the text encoder is not trained."""
     given, tokens, masks = batches(numbers)
-    with autocast(loop):
+    with training_forward(loop):
         context = encode_ids(text_encoder, tokens, masks)
         velocity = transformer(given.noisy, given.timesteps, context)
     return {"loss": adaptation_loss(velocity, given), "mse": (velocity.float() - given.target).square().mean().detach()}

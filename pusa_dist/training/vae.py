@@ -24,7 +24,6 @@ from pusa_dist.training.whole_clip import decode_unclamped, encode_moments
 from pusa_dist.world.render import render
 from pusa_dist.world.scene import NUM_FRAMES, SIDE, Scene, scene
 
-
 logger = logging.getLogger(__name__)
 
 
