@@ -17,7 +17,7 @@ from typing import Any
 from pusa_dist.config import ModelConfig, ParallelConfig, from_mapping, load_model_config
 from pusa_dist.errors import PusaError, RequestError
 from pusa_dist.geometry import shard_sizes, tokens_per_frame
-from pusa_dist.request import GenerationRequest, RequestParams, check_request, resolve_request
+from pusa_dist.request import GenerationRequest, RequestParams, check_request, parse_size, resolve_request
 from pusa_dist.training.cli import add_train
 
 OTHER_RANKS_WAIT_S = 10.0
@@ -112,12 +112,7 @@ def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int | None, int | None]:
-    if arguments.size is None:
-        return None, None
-    width, _, height = arguments.size.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise RequestError(f"--size={arguments.size}: write WIDTHxHEIGHT, such as 832x480", "size")
-    return int(width), int(height)
+    return parse_size(arguments.size) or (None, None)
 
 
 def _json(text: str, option: str) -> Any:

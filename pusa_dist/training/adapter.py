@@ -20,6 +20,7 @@ from pusa_dist.checkpoint.keys import original_name
 from pusa_dist.checkpoint.load import read_tensors, refuse
 from pusa_dist.errors import ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer
+from pusa_dist.training.distributed import like, whole
 
 TARGETS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 """Full names of the adapted linears."""
@@ -58,13 +59,13 @@ def inject(
     device = transformer.proj_out.weight.device
     for name, parameter in adapter_parameters(transformer).items():
         holder: Any = transformer.get_submodule(name.removesuffix(".weight"))
-        value = parameter.data.float() if device.type == "meta" else _drawn(parameter.shape, seed, name).to(device)
+        value = parameter.data.float() if device.type == "meta" else first_value(parameter.shape, seed, name).to(device)
         holder.weight = nn.Parameter(value)
     return transformer
 
 
-def _drawn(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """Zeros for B, and for A a Kaiming draw from a generator of its own: ranks agree, and layers do not matter."""
+def first_value(shape: torch.Size, seed: int, name: str) -> Tensor:
+    """What a parameter starts as, on the CPU in float32: zeros for B, for A a Kaiming draw of the seed and its name."""
     value = torch.zeros(shape)
     if name.endswith(_UP):
         return value
@@ -90,7 +91,7 @@ def published_state(transformer: nn.Module) -> dict[str, Tensor]:
     parameters are sharded.
     """
     return {
-        _pusa_key(name): (_whole(parameter.detach()) * _scale(transformer, name)).cpu().contiguous()
+        _pusa_key(name): (whole(parameter) * _scale(transformer, name)).contiguous()
         for name, parameter in adapter_parameters(transformer).items()
     }
 
@@ -99,7 +100,7 @@ def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Continue from a published adapter: the reverse of ``published_state``.
 
     Args:
-        transformer: with an adapter injected, whole.
+        transformer: with an adapter injected.
         tensors: of a file in Pusa's format, of the same rank.
 
     Raises:
@@ -119,19 +120,24 @@ def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     }
     refuse("the adapter", problems)
     for key, parameter in parameters.items():
-        parameter.data.copy_(given[key].to(parameter) / _scale(transformer, names[key]))
+        value = given[key].to(parameter.dtype) / _scale(transformer, names[key])
+        with torch.no_grad():
+            parameter.copy_(like(value, parameter))
 
 
-def save_adapter(transformer: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write the adapter to a safetensors file in Pusa's format.
+def save_adapter(transformer: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32, write: bool = True) -> None:
+    """Write the adapter to a safetensors file in Pusa's format; collective where it is sharded.
 
     Args:
         transformer: with an adapter.
         path: of the file; its folder is made.
         dtype: of the file; half precision halves it.
+        write: whether this rank is the one that writes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.to(dtype) for key, tensor in published_state(transformer).items()}, path)
+    state = published_state(transformer)
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.to(dtype) for key, tensor in state.items()}, path)
 
 
 def read_adapter(transformer: nn.Module, path: Path) -> None:
@@ -151,9 +157,3 @@ def _pusa_key(name: str) -> str:
     """``blocks.0.attn1.to_q.lora_A.default.weight`` to ``blocks.0.self_attn.q.lora_A.default.weight``."""
     half = _DOWN if name.endswith(_DOWN) else _UP
     return original_name(name.removesuffix(half) + ".weight").removesuffix(".weight") + half
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor sharded over ranks, gathered (collective); any other as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()

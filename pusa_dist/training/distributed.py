@@ -9,7 +9,7 @@ ranks of B samples take the steps that one rank of R * B samples takes, up to th
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,17 @@ class Ranks:
             parts = flat.split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean of named scalars over the ranks. Collective."""
+        stacked = torch.stack([value.detach().double().cpu() for value in values.values()])
+        if self.world_size > 1:
+            dist.all_reduce(stacked)
+            stacked /= self.world_size
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+
+ALONE = Ranks()
+
 
 def join(device: str) -> Ranks:
     """Meet the other ranks if torchrun started several, else be the only one. Collective; once per process.
@@ -82,7 +93,7 @@ def join(device: str) -> Ranks:
     """
     place = Place.from_environment()
     if place.world_size == 1:
-        return Ranks()
+        return ALONE
     return meet_at(place, device)
 
 

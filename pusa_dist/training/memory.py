@@ -116,17 +116,17 @@ def _weights(config: TransformerConfig, rank: int) -> tuple[int, int, int]:
     the shards, and what is in no block.
     """
     with torch.device("meta"):
-        transformer = inject(new_transformer(config), rank)
+        transformer = inject(new_transformer(replace(config, num_layers=1)), rank)
 
     def count(module: nn.Module) -> tuple[int, int]:
         adapter = sum(p.numel() for p in adapter_parameters(module).values())
         return sum(p.numel() for p in module.parameters()) - adapter, adapter
 
-    base, adapter = count(transformer)
     block_base, block_adapter = count(transformer.blocks[0])
+    outside = count(transformer)[0] - block_base
     whole = block_base * BASE_BYTES + block_adapter * ADAPTER_BYTES
-    outside = (base - config.num_layers * block_base) * BASE_BYTES
-    return base, adapter, 2 * whole + 2 * block_adapter * ADAPTER_BYTES + outside
+    gathered = 2 * whole + 2 * block_adapter * ADAPTER_BYTES + outside * BASE_BYTES
+    return outside + config.num_layers * block_base, config.num_layers * block_adapter, gathered
 
 
 @cache

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pusa_dist.__main__ import main
 from pusa_dist.config import load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError, RequestError
 from pusa_dist.media.clips import iter_frames
@@ -173,3 +174,11 @@ def test_every_sample_is_seen_once_before_any_is_seen_again():
     again = sample_order(7, seed=3)
     assert [again(i) for i in range(14, 21)] == epochs[2]
     assert [sample_order(7, seed=4)(i) for i in range(7)] != epochs[0]
+
+
+def test_the_command_caches_and_says_what_is_wrong(folder, tmp_path, capsys):
+    arguments = ["train", "cache", "--model", "debug", "--data", str(folder), "--out", str(tmp_path / "cache")]
+    assert main([*arguments, "--size", "48x32", "--num-frames", "5"]) == 0
+    assert len(LatentCache(tmp_path / "cache", MODEL)) == 3
+    assert main([*arguments, "--size", "48x32", "--num-frames", "9"]) == 2
+    assert "num_frames=5 there, 9 here" in capsys.readouterr().err
