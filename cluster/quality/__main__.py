@@ -22,7 +22,7 @@ from cluster.quality.tasks import Pair, held_out_pairs, questions
 
 LEAST_PAIRS = 256
 FIRST_SEED = 20_000
-SERVICE_CONFIG = Path(str(files("configs"))) / "serve" / "small-videos.yaml"
+SERVICE_CONFIG = str(files("configs") / "serve" / "small-videos.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapted-url", help="the same for the second")
     parser.add_argument("--in-flight", type=int, default=6, help="jobs at once (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("outputs/quality"), help="folder of the report")
-    parser.add_argument("--config", default=str(SERVICE_CONFIG), help="Serve config file of our own services")
+    parser.add_argument("--config", default=SERVICE_CONFIG, help="Serve config file of our own services")
     return parser
 
 

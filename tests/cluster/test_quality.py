@@ -26,6 +26,7 @@ from pusa_dist.media.clips import iter_frames
 from pusa_dist.media.images import read_image
 from pusa_dist.world.render import render
 from pusa_dist.world.scene import BACKGROUNDS, COLOURS, SHAPES, held_out, scene
+from serve import __main__ as serve_command
 from tests.cluster.world_service import painting_service, true_frames
 
 PAIRS = held_out_pairs(12, 500)
@@ -264,6 +265,11 @@ def test_the_command_measures_given_services_and_says_so_by_its_exit_code(tmp_pa
     kept = json.loads((tmp_path / "out" / "quality.json").read_text())
     assert (kept["pairs"], kept["first_seed"], len(kept["rows"])) == (1, 20_000, 9)
     assert len(list((tmp_path / "out" / "debug").glob("*.png"))) == len(TASKS)
+
+
+def test_the_services_configuration_is_shipped():
+    options = serve_command._parser().parse_args(["--model", "debug", "--config", command.SERVICE_CONFIG])
+    assert serve_command.read_config(options).denoiser.num_replicas == 2
 
 
 class _entered:
