@@ -5,17 +5,19 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 STATE ?= state
 MODEL ?= debug
+PAIRS ?= 256
+TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve generate test test-all lint fmt parity bench lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench quality lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,dev]'
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 openai==2.54.0 distro
 	touch $@
 
@@ -49,6 +51,9 @@ parity: $(STAMP)  ## compare with recorded tensors: make parity GOLDENS=tests/go
 bench: $(STAMP)  ## the engine against diffusers, and the service against a plain loop, in one run
 	$(BIN)/python -m pusa_dist bench
 	$(BIN)/python -m cluster.service_cost
+
+quality: $(STAMP)  ## the small model, alone and adapted, measured through the service: make quality PAIRS=256
+	$(BIN)/python -m cluster.quality --pairs $(PAIRS) --text-pairs $(TEXT_PAIRS) --out outputs/quality
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt

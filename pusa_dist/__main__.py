@@ -1,4 +1,4 @@
-"""Command line of the engine: ``python -m pusa_dist generate|plan|parity|bench``.
+"""Command line of the engine: ``python -m pusa_dist generate|plan|parity|bench|train``.
 
 ``generate`` also runs under ``torchrun --nproc-per-node N -m pusa_dist generate ...``.
 """
@@ -17,7 +17,8 @@ from typing import Any
 from pusa_dist.config import ModelConfig, ParallelConfig, from_mapping, load_model_config
 from pusa_dist.errors import PusaError, RequestError
 from pusa_dist.geometry import shard_sizes, tokens_per_frame
-from pusa_dist.request import GenerationRequest, RequestParams, check_request, resolve_request
+from pusa_dist.request import GenerationRequest, RequestParams, check_request, parse_size, resolve_request
+from pusa_dist.training.cli import add_train
 
 OTHER_RANKS_WAIT_S = 10.0
 """torchrun ends a gang well within this once one of its ranks has failed."""
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parity = commands.add_parser("parity", help="compare with recorded tensors of the public code")
     parity.add_argument("folder", type=Path, help="folder with a manifest.json")
     parity.set_defaults(run=_parity)
+    add_train(commands.add_parser("train", help="train a small model, stage by stage"))
     bench = commands.add_parser("bench", help="measure the engine against diffusers in one run")
     bench.add_argument("--rounds", type=int, default=15, help="timed rounds of each variant (at least 5)")
     bench.add_argument("--json", type=Path, help="also write the figures here")
@@ -110,12 +112,7 @@ def _parallel(arguments: argparse.Namespace) -> ParallelConfig:
 
 
 def _size(arguments: argparse.Namespace) -> tuple[int | None, int | None]:
-    if arguments.size is None:
-        return None, None
-    width, _, height = arguments.size.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise RequestError(f"--size={arguments.size}: write WIDTHxHEIGHT, such as 832x480", "size")
-    return int(width), int(height)
+    return parse_size(arguments.size) or (None, None)
 
 
 def _json(text: str, option: str) -> Any:

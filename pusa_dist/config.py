@@ -157,7 +157,7 @@ class WeightsConfig:
     seed: int | None = None
     """Draw every weight from this seed, in memory; no file is read."""
     root: str | None = None
-    """Folder of the files below; the ``--weights`` option overrides it."""
+    """Folder of the files below, relative to the YAML's own; the ``--weights`` option overrides it."""
     transformer: Mapping[str, str] = field(default_factory=dict)
     """Expert name to a glob of its safetensors shards."""
     vae: str | None = None
@@ -332,7 +332,12 @@ def load_model_config(name_or_path: str, weights_root: str | None = None) -> Mod
         values["defaults"].setdefault("guidance_scale", 1.0)
     model = from_mapping(ModelConfig, values, str(source))
     if weights_root is None:
-        return model
+        return _beside(Path(str(source)).parent, model)
     if model.weights.seed is not None:
         raise ConfigError(f"weights folder {weights_root!r}: {model.name} draws its weights from a seed; leave it out")
     return replace(model, weights=replace(model.weights, root=weights_root))
+
+
+def _beside(folder: Path, model: ModelConfig) -> ModelConfig:
+    root = model.weights.root
+    return model if root is None else replace(model, weights=replace(model.weights, root=str(folder / root)))

@@ -25,6 +25,20 @@ MAX_PROMPT_BYTES = 20_000
 MAX_SEED = 2**63 - 1
 
 
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``832x480`` of a command line as width and height.
+
+    Raises:
+        RequestError: it is not written so.
+    """
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise RequestError(f"--size={text}: write WIDTHxHEIGHT, such as 832x480", "size")
+    return int(width), int(height)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaInfo:
     """What is known of an uploaded image or clip before it is decoded for good."""

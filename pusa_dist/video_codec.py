@@ -83,11 +83,27 @@ class VideoCodec:
             pixels = ((chunk[0].float() + 1.0) * 127.5).clamp_(0.0, 255.0).to(torch.uint8)
             yield np.ascontiguousarray(pixels.permute(1, 2, 3, 0).cpu().numpy())
 
+    def encode_frames(self, frames: Iterator[Frame]) -> Iterator[Tensor]:
+        """Latent frames of a clip, as soon as their pixel frames are given.
+
+        Args:
+            frames: uint8 (H, W, 3) each, of the size of the video. Frames past the last 4k+1 make no latent.
+
+        Yields:
+            (C, H / 8, W / 8) on the CPU in the VAE's dtype: the distribution's mean, normalised.
+        """
+        chunks = (
+            torch.from_numpy(to_model_range(chunk)).to(self._device, self._vae.dtype)[None]
+            for chunk in _causal_chunks(frames)
+        )
+        for latent in encode_chunks(self._vae, chunks, *self._tiling):
+            yield latent[0, :, 0].cpu()
+
     def _encode(
         self, data: bytes, sources: Collection[int | None], size: tuple[int, int], fit: Fit
     ) -> dict[int | None, Tensor]:
         if None in sources:
-            return {None: next(self._latents(iter([self._source.image(data, *size, fit)])))}
+            return {None: next(self.encode_frames(iter([self._source.image(data, *size, fit)])))}
         from_start = [source for source in sources if source is not None and source >= 0]
         from_end = [-source for source in sources if source is not None and source < 0]
         latents: dict[int | None, Tensor] = {}
@@ -101,15 +117,7 @@ class VideoCodec:
 
     def _encode_part(self, data: bytes, start: int, stop: int | None, size: tuple[int, int], fit: Fit) -> list[Tensor]:
         with closing(self._source.clip(data, start, stop, *size, fit)) as frames:
-            return list(self._latents(frames))
-
-    def _latents(self, frames: Iterator[Frame]) -> Iterator[Tensor]:
-        chunks = (
-            torch.from_numpy(to_model_range(chunk)).to(self._device, self._vae.dtype)[None]
-            for chunk in _causal_chunks(frames)
-        )
-        for latent in encode_chunks(self._vae, chunks, *self._tiling):
-            yield latent[0, :, 0].cpu()
+            return list(self.encode_frames(frames))
 
 
 def _causal_chunks(frames: Iterator[Frame]) -> Iterator[Frame]:

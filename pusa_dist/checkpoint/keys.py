@@ -33,6 +33,26 @@ _RULES = tuple(
         (r"^head\.head\.", "proj_out."),
     )
 )
+_REVERSED = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (_BLOCK + r"(attn[12])\.to_out\.0\.", r"\1\2.o."),
+        (_BLOCK + r"(attn[12])\.to_([qkv])\.", r"\1\2.\3."),
+        (_BLOCK + r"attn1\.", r"\1self_attn."),
+        (_BLOCK + r"attn2\.", r"\1cross_attn."),
+        (_BLOCK + r"ffn\.net\.0\.proj\.", r"\1ffn.0."),
+        (_BLOCK + r"ffn\.net\.2\.", r"\1ffn.2."),
+        (_BLOCK + r"norm2\.", r"\1norm3."),
+        (_BLOCK + r"scale_shift_table$", r"\1modulation"),
+        (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+        (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+        (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+        (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+        (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+        (r"^scale_shift_table$", "head.modulation"),
+        (r"^proj_out\.", "head.head."),
+    )
+)
 
 
 def without_prefix(name: str) -> str:
@@ -47,6 +67,13 @@ def diffusers_name(name: str) -> str:
     """A weight's diffusers name, from that or from its original Wan name, prefixed or not."""
     name = without_prefix(name)
     for pattern, replacement in _RULES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def original_name(name: str) -> str:
+    """A weight's original Wan name from its diffusers name: the reverse of ``diffusers_name``."""
+    for pattern, replacement in _REVERSED:
         name = pattern.sub(replacement, name)
     return name
 

@@ -97,6 +97,12 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
     Raises:
         CheckpointError: listing every missing, unexpected and misshapen key; nothing was loaded.
     """
+    check_exactly(module, tensors, what)
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def check_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError, listing every missing, unexpected and misshapen key, unless the tensors fit the module."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = {
@@ -109,7 +115,6 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) ->
         ],
     }
     refuse(what, problems)
-    module.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def refuse(what: str, problems: Mapping[str, Sequence[str]]) -> None:

@@ -29,6 +29,8 @@ _BLOCK = {
     "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
     "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
 }
+_REVERSED = {new: old for old, new in _BLOCK.items()}
+_IN_ENCODER = re.compile(r"encoder\.block\.(\d+)\.(.+)")
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _TIED = "encoder.embed_tokens.weight"
 
@@ -92,6 +94,18 @@ def transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "shared.weight" in renamed:
         renamed.setdefault(_TIED, renamed["shared.weight"])
     return renamed
+
+
+def original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an encoder's tensors as the published umT5 names them: the reverse of ``transformers_names``."""
+    return {_original_name(name): tensor for name, tensor in tensors.items() if name != _TIED}
+
+
+def _original_name(name: str) -> str:
+    match = _IN_ENCODER.fullmatch(name)
+    if match and match[2] in _REVERSED:
+        return f"blocks.{match[1]}.{_REVERSED[match[2]]}"
+    return {new: old for old, new in _WHOLE.items()}.get(name, name)
 
 
 def _transformers_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """A transformer with its weights: from files, or drawn from a seed."""
 
 import torch
+from torch import Tensor
 
 from pusa_dist.checkpoint.keys import with_diffusers_names
 from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
@@ -28,18 +29,39 @@ def build_transformer(
         ConfigError: unknown expert, or no file of that name.
         CheckpointError: the files do not hold exactly this model.
     """
-    if expert not in model.experts:
-        raise ConfigError(f"expert {expert!r} is unknown; the experts of {model.name} are {', '.join(model.experts)}")
     with torch.device("meta"):
         transformer = new_transformer(model.transformer)
-    what = f"transformer {model.name}/{expert}"
     dtype = DTYPES[precision]
+    tensors = stored_weights(model, expert, transformer, dtype=dtype, device=device)
+    load_exactly(transformer, tensors, f"transformer {model.name}/{expert}")
+    return transformer.eval().requires_grad_(False)
+
+
+def stored_weights(
+    model: ModelConfig,
+    expert: str,
+    transformer: VectorTimestepTransformer,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """One expert's weights by diffusers' names, from the files or from the seed.
+
+    Args:
+        model: whose expert.
+        expert: one of ``model.experts``.
+        transformer: of its shape, on any device.
+        dtype: None keeps the files' own; on the CPU they are then only mapped, and read as they are used.
+        device: where they go.
+
+    Raises:
+        ConfigError: unknown expert, or no file of that name.
+        CheckpointError: the files cannot be read, or name a weight twice.
+    """
+    if expert not in model.experts:
+        raise ConfigError(f"expert {expert!r} is unknown; the experts of {model.name} are {', '.join(model.experts)}")
     if model.weights.seed is not None:
         drawn = seeded_state(transformer, model.weights.seed, f"transformer/{expert}")
-        tensors = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
-    else:
-        pattern = model.weights.transformer.get(expert)
-        files = files_of(model, f"weights.transformer.{expert}", pattern)
-        tensors = with_diffusers_names(read_tensors(files, dtype=dtype, device=device), what)
-    load_exactly(transformer, tensors, what)
-    return transformer.eval().requires_grad_(False)
+        return {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
+    files = files_of(model, f"weights.transformer.{expert}", model.weights.transformer.get(expert))
+    return with_diffusers_names(read_tensors(files, dtype=dtype, device=device), f"transformer {model.name}/{expert}")

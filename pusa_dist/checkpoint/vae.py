@@ -35,6 +35,7 @@ _BLOCK = {
     "shortcut.": "conv_shortcut.",
 }
 _PREFIXES = {**_PARTS, **{f"{half}.{a}": f"{half}.{b}" for half in ("encoder", "decoder") for a, b in _HALVES.items()}}
+_UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
 _UPSAMPLE = re.compile(r"decoder\.upsamples\.(\d+)\.")
 
 
@@ -97,6 +98,23 @@ def _diffusers_name(name: str, num_res_blocks: int) -> str:
         name = f"decoder.up_blocks.{level}.{block}.{name[match.end() :]}"
     for old, new in _BLOCK.items():
         name = name.replace(f".{old}", f".{new}")
+    return name
+
+
+def original_names(tensors: Mapping[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
+    """Rename a VAE's tensors as the published Wan VAE names them: the reverse of ``diffusers_names``."""
+    return {_original_name(name, num_res_blocks): tensor for name, tensor in tensors.items()}
+
+
+def _original_name(name: str, num_res_blocks: int) -> str:
+    for new, old in _BLOCK.items():
+        name = name.replace(f".{old}", f".{new}")
+    if match := _UP_BLOCK.match(name):
+        place = int(match[3]) if match[2] == "resnets" else num_res_blocks + 1
+        name = f"decoder.upsamples.{int(match[1]) * (num_res_blocks + 2) + place}.{name[match.end() :]}"
+    for new, old in _PREFIXES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return name
 
 

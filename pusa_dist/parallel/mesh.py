@@ -52,6 +52,16 @@ def join_gang(
         GangError: the ranks did not meet.
     """
     check_world(rank, world_size, parallel)
+    device_type = meet(rank, world_size, address, port, device, timeout_s)
+    return lay_out(parallel, device_type, timeout_s)
+
+
+def meet(rank: int, world_size: int, address: str, port: int, device: str, timeout_s: float) -> str:
+    """Find the other ranks and take this rank's device. Collective; once per process; arguments as ``join_gang``'s.
+
+    Returns:
+        The device's type.
+    """
     chosen = torch.device(device)
     if chosen.type == "cuda":
         if torch.cuda.device_count() == 0:
@@ -73,7 +83,7 @@ def join_gang(
         raise GangError(
             f"rank {rank} could not meet the other ranks of {world_size} at {host}:{port} within {timeout_s} s: {error}"
         ) from error
-    return lay_out(parallel, chosen.type, timeout_s)
+    return chosen.type
 
 
 def check_world(rank: int, world_size: int, parallel: ParallelConfig) -> None:

@@ -38,8 +38,8 @@ def test_a_shipped_configuration_is_a_serve_config_file_and_builds(path):
     require_loopback(config, schema.http_options.host)
 
 
-def test_debug_and_production_are_shipped():
-    assert [path.stem for path in CONFIGS] == ["debug", "production"]
+def test_what_is_shipped():
+    assert [path.stem for path in CONFIGS] == ["debug", "production", "small-videos"]
 
 
 def test_only_gateway_and_dispatcher_are_given_the_database():

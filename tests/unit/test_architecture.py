@@ -42,8 +42,8 @@ def test_the_engine_runs_where_no_service_library_is_installed():
     assert done.returncode == 0, done.stderr
 
 
-def test_only_parallel_and_worker_know_of_ranks():
-    allowed = {"worker.py", "experts.py"}
+def test_only_parallel_worker_and_distributed_training_know_of_ranks():
+    allowed = {"worker.py", "experts.py", "training/distributed.py"}
     users = {
         path.relative_to(ROOT / "pusa_dist").as_posix()
         for path in ENGINE
