@@ -14,6 +14,7 @@ from pusa_dist.geometry import TEMPORAL_STRIDE, num_pixel_frames
 from pusa_dist.media.frames import Frame, to_model_range
 from pusa_dist.media.source import FrameSource, InProcess
 from pusa_dist.model.vae import decode_chunks, encode_chunks
+from pusa_dist.preview import Array, LatentColours
 from pusa_dist.request import Fit, GenerationRequest
 
 
@@ -82,6 +83,14 @@ class VideoCodec:
             # As Pusa does: in float32, the fraction cut off.
             pixels = ((chunk[0].float() + 1.0) * 127.5).clamp_(0.0, 255.0).to(torch.uint8)
             yield np.ascontiguousarray(pixels.permute(1, 2, 3, 0).cpu().numpy())
+
+    def fit_colours(self) -> LatentColours:
+        """A map from latents to colours, for previews; costs a few small encodes and decodes."""
+
+        def encode(frames: Frame) -> Array:
+            return torch.stack(list(self._latents(iter(frames))), dim=1).float().numpy()
+
+        return LatentColours.fit(encode, lambda latents: self.decode(torch.from_numpy(latents)))
 
     def _encode(
         self, data: bytes, sources: Collection[int | None], size: tuple[int, int], fit: Fit
