@@ -27,7 +27,7 @@ from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
 from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
-from serve.vae import NUM_THREADS, Vae
+from serve.vae import MAX_CALLS, NUM_THREADS, Vae
 
 if TYPE_CHECKING:
     from pusa_dist.worker import Worker
@@ -132,7 +132,7 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     text_encoder = _deployment(TextEncoder, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
         model, config.text_encoder.device
     )
-    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=NUM_THREADS).bind(
+    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
         model, config.vae.device, config.resolved_artifacts_url
     )
     denoiser = _gang_deployment(config).bind(config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER)
