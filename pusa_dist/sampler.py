@@ -39,6 +39,22 @@ def advance(states: Sequence[GenerationState], velocity: VelocityFn) -> list[Gen
     return [_stepped(state, predicted[index]) for index, state in enumerate(states)]
 
 
+def clean_estimate(before: GenerationState, after: GenerationState) -> Tensor:
+    """Where a generation is heading: its latents (C, F, H, W) if the last step's velocity held to the end.
+
+    Args:
+        before: the state before the last step.
+        after: the state after it.
+    """
+    step = before.step
+    change = after.tables.sigma_next[step] - after.tables.sigma[step]
+    # A frame that does not move any more is where it is heading.
+    scale = torch.where(change == 0, torch.zeros_like(change), after.tables.sigma_next[step] / change)
+    latents = after.latents.float()
+    moved = latents - before.latents.float()
+    return latents - moved * scale.to(latents.device).view(1, -1, 1, 1)
+
+
 def _batch(states: Sequence[GenerationState]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     first = states[0]
     device, dtype = first.latents.device, DTYPES[first.precision]

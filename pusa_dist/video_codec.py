@@ -14,6 +14,7 @@ from pusa_dist.geometry import TEMPORAL_STRIDE, num_pixel_frames
 from pusa_dist.media.frames import Frame, to_model_range
 from pusa_dist.media.source import FrameSource, InProcess
 from pusa_dist.model.vae import decode_chunks, encode_chunks
+from pusa_dist.preview import Array, LatentColours
 from pusa_dist.request import Fit, GenerationRequest
 
 
@@ -98,6 +99,14 @@ class VideoCodec:
         )
         for latent in encode_chunks(self._vae, chunks, *self._tiling):
             yield latent[0, :, 0].cpu()
+
+    def fit_colours(self) -> LatentColours:
+        """A map from latents to colours, for previews; costs a few small encodes and decodes."""
+
+        def encode(frames: Frame) -> Array:
+            return torch.stack(list(self.encode_frames(iter(frames))), dim=1).float().numpy()
+
+        return LatentColours.fit(encode, lambda latents: self.decode(torch.from_numpy(latents)))
 
     def _encode(
         self, data: bytes, sources: Collection[int | None], size: tuple[int, int], fit: Fit

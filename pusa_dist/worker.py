@@ -19,6 +19,7 @@ from pusa_dist.experts import Experts
 from pusa_dist.parallel.apply import AttentionBackend
 from pusa_dist.parallel.mesh import join_gang, leave_gang
 from pusa_dist.request import GenerationRequest
+from pusa_dist.sampler import clean_estimate
 from pusa_dist.state import GenerationState
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class Worker:
         self.parallel = parallel.check(model)
         self.options = options
         self._residents: dict[str, GenerationState] = {}
+        self._before: dict[str, GenerationState] = {}
+        """Where residents were one step ago, for previews."""
         self._experts: Experts | None = None
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> None:
@@ -66,6 +69,7 @@ class Worker:
         """Leave the gang; the worker cannot be used afterwards."""
         self._experts = None
         self._residents.clear()
+        self._before.clear()
         leave_gang()
 
     def admit(
@@ -126,7 +130,9 @@ class Worker:
         Raises:
             NumericsError: latents became non-finite.
         """
-        states = self._loaded.advance([self._residents[job_id] for job_id in job_ids])
+        before = [self._residents[job_id] for job_id in job_ids]
+        states = self._loaded.advance(before)
+        self._before.update(zip(job_ids, before, strict=True))
         self._residents.update(zip(job_ids, states, strict=True))
         return {job_id: state.step for job_id, state in zip(job_ids, states, strict=True)}
 
@@ -138,6 +144,16 @@ class Worker:
         state = self._residents[job_id]
         return state.step, state.to_bytes()
 
+    def preview(self, job_id: str) -> tuple[int, Tensor] | None:
+        """Steps done by a resident and where it is heading: (C, F, H, W) in float32 on the CPU.
+
+        None before its first step here. May be called from another thread while a step runs.
+        """
+        before, state = self._before.get(job_id), self._residents.get(job_id)
+        if before is None or state is None or state.step != before.step + 1:
+            return None  # a step is just being taken note of
+        return state.step, clean_estimate(before, state).cpu()
+
     def signature(self, job_id: str) -> Hashable:
         """Equal for residents that may share the forward of their next step; None after the last one."""
         state = self._residents[job_id]
@@ -145,11 +161,13 @@ class Worker:
 
     def finish(self, job_id: str) -> Tensor:
         """Latents (C, F, H, W) in float32 on the CPU; the generation is no longer resident."""
+        self._before.pop(job_id, None)
         return self._residents.pop(job_id).latents.float().cpu()
 
     def drop(self, job_id: str) -> None:
         """Forget a resident, if it is one."""
         self._residents.pop(job_id, None)
+        self._before.pop(job_id, None)
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every rank. Collective over the gang."""

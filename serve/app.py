@@ -25,8 +25,9 @@ from serve.scaling import num_wanted
 from serve.serve_stages import ActorGang, ServeStages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
+from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
-from serve.vae import NUM_THREADS, Vae
+from serve.vae import MAX_CALLS, NUM_THREADS, Vae
 
 if TYPE_CHECKING:
     from pusa_dist.worker import Worker
@@ -64,10 +65,11 @@ class DispatcherReplica:
         check_cluster(config)
         self._store = JobStore(config.resolved_database_url)
         self._store.create_tables()
+        artifacts = ArtifactStore(config.resolved_artifacts_url)
         num_vaes = config.vae.max_replicas or config.vae.num_replicas
         self._dispatcher = Dispatcher(
             self._store,
-            ArtifactStore(config.resolved_artifacts_url),
+            artifacts,
             ServeStages(text_encoder, vae),
             JobMetrics(),
             model=model,
@@ -77,6 +79,7 @@ class DispatcherReplica:
             handover_s=config.denoiser.handover_timeout_s,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
+        self._sweeping = asyncio.get_running_loop().create_task(keep_sweeping(self._store, artifacts))
 
     async def register(self, name: str, coordinator: Any, max_resident: int) -> int:
         """A gang is there; returns how many there should be. See ``serve.gang_replica``."""
@@ -90,6 +93,7 @@ class DispatcherReplica:
 
     async def __del__(self) -> None:
         """Drain: Ray Serve awaits this before it ends the replica."""
+        self._sweeping.cancel()
         await self._dispatcher.close()
         await self._running
         self._store.close()
@@ -128,7 +132,7 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     text_encoder = _deployment(TextEncoder, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
         model, config.text_encoder.device
     )
-    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=NUM_THREADS).bind(
+    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
         model, config.vae.device, config.resolved_artifacts_url
     )
     denoiser = _gang_deployment(config).bind(config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER)

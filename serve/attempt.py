@@ -22,6 +22,8 @@ class Attempt:
     """Steps that its tenant has been charged for; a step that is made again is not charged again."""
     checkpoint: Checkpoint | None = None
     """Newest one that is published."""
+    preview_key: str | None = None
+    """Newest preview that is published."""
     is_reported: bool = False
     """Whether the store knows this stage and step."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -36,6 +38,7 @@ class Attempt:
         if job.checkpoint_key is not None:
             self.checkpoint = Checkpoint(key=job.checkpoint_key, step=job.checkpoint_step or 0)
             self.stage, self.step = "denoise", self.checkpoint.step
+        self.preview_key = job.preview_key
         # What ran and is not in the checkpoint was charged in a former attempt.
         self.paid_steps = max(job.steps_run, self.step)
 

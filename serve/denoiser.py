@@ -26,6 +26,7 @@ from serve.stages import (
     GangState,
     GangUnavailableError,
     Message,
+    Previewed,
     Progress,
     Released,
     Renewal,
@@ -281,6 +282,8 @@ class Denoiser:
             for resident in stepping:
                 self._now(resident, held[resident.name])
                 self._tell_progress(resident, seconds, shape.num_tokens, len(stepping))
+                if resident.wants_preview():
+                    resident.previewing = asyncio.ensure_future(self._preview(resident))
                 await self._finish_if_done(resident)
         except GangError:
             raise
@@ -347,6 +350,13 @@ class Denoiser:
         finally:
             resident.saving = None
             self._changed.set()
+
+    async def _preview(self, resident: Resident) -> None:
+        found = await self._gang.preview(resident.name)
+        resident.previewing = None
+        if found is not None:
+            step, latents = found
+            resident.messages.put_nowait(Previewed(step=step, latents=TensorRef(latents)))
 
     def _hand_over(self, resident: Resident) -> None:
         if not resident.is_leaving and not resident.is_gone:

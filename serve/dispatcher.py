@@ -20,7 +20,7 @@ from serve.ledger import Ledger
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import is_urgent
-from serve.stages import Checkpoint, GangHandle, ReplicaLostError, Stages
+from serve.stages import Checkpoint, GangHandle, Previewed, ReplicaLostError, Stages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact, Job, JobStore
 
@@ -102,10 +102,11 @@ class Dispatcher:
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._ledger = Ledger(store, model, clock)
-        self._gangs = Gangs(self._owner, self._ledger, self._publish, clock)
+        self._gangs = Gangs(self._owner, self._ledger, self._publish, self._show, clock)
         self._attempts: dict[str, Attempt] = {}
         self._num_queued = 0
         self._max_running: dict[str, int | None] = {}
+        self._drawing: set[asyncio.Task[None]] = set()
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
         self._looping = asyncio.Lock()
@@ -345,6 +346,23 @@ class Dispatcher:
         if former is not None and former.key != checkpoint.key:
             await asyncio.to_thread(self._artifacts.delete, former.key)
         return True
+
+    def _show(self, attempt: Attempt, preview: Previewed) -> None:
+        """See ``serve.gangs.Show``."""
+        drawing = asyncio.create_task(self._draw(attempt, preview))
+        self._drawing.add(drawing)
+        drawing.add_done_callback(self._drawing.discard)
+
+    async def _draw(self, attempt: Attempt, preview: Previewed) -> None:
+        job = attempt.job
+        try:
+            key = await self._stages.preview(job, preview.step, preview.latents)
+            published = await self._db(self._store.preview, job.id, job.attempt, preview.step, key)
+            unneeded, attempt.preview_key = (attempt.preview_key, key) if published else (key, attempt.preview_key)
+            if unneeded is not None:
+                await asyncio.to_thread(self._artifacts.delete, unneeded)
+        except Exception as error:  # noqa: BLE001 - a video is worth more than its previews
+            logger.warning("job %s: no preview after step %d: %s", job.id, preview.step, type(error).__name__)
 
     async def _stopped(self, attempt: Attempt) -> str | None:
         job = attempt.job

@@ -51,7 +51,7 @@ class Held:
 class Rank:
     """The actor around one worker: the same calls, in the same order, on every rank.
 
-    Only ``checkpoint``, ``discard``, ``read`` and ``ping`` run beside them, on threads of their own.
+    Only ``checkpoint``, ``preview``, ``discard``, ``read`` and ``ping`` run beside them, on threads of their own.
     """
 
     def __init__(self, make_worker: MakeWorker, artifacts_url: str) -> None:
@@ -98,6 +98,11 @@ class Rank:
         key = f"{prefix}-{step}"
         self._artifacts.put(key, data)
         return step, key
+
+    def preview(self, name: str) -> tuple[Any, int | None]:
+        """Where a resident is heading, (C, F, H, W) float32 in NumPy, and after how many steps; None: not known."""
+        found = self._worker.preview(name)
+        return (None, None) if found is None else (found[1].numpy(), found[0])
 
     def discard(self, key: str) -> None:
         """Remove a checkpoint that nobody will publish."""
@@ -218,6 +223,17 @@ class Gang:
         except (RayError, TimeoutError) as error:
             raise self._unwritten("writing a checkpoint", error) from error
         return step, key
+
+    async def preview(self, name: str) -> tuple[int, Any] | None:
+        """Steps done by a resident and a reference to where it is heading; None if that cannot be said now."""
+        latents, known = self._ranks[0].preview.options(concurrency_group="state", num_returns=2).remote(name)
+        try:
+            async with asyncio.timeout(CHECKPOINT_TIMEOUT_S):
+                step = await known
+        except (RayError, TimeoutError) as error:
+            logger.warning("no preview: %s", type(error).__name__)
+            return None
+        return None if step is None else (step, latents)
 
     async def discard(self, key: str) -> None:
         """Remove a checkpoint that nobody will publish."""

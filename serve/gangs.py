@@ -29,6 +29,7 @@ from serve.stages import (
     GangHandle,
     GangState,
     GangUnavailableError,
+    Previewed,
     Progress,
     Released,
     Renewal,
@@ -49,6 +50,8 @@ ARRANGE_S = 0.5
 
 Publish = Callable[[Attempt, Checkpoint], Awaitable[bool]]
 """Makes a checkpoint the one that the next attempt begins at; False: the attempt is stale."""
+Show = Callable[[Attempt, Previewed], None]
+"""Makes a preview what the job's owner sees of it; at once, and without failing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,13 +101,17 @@ class Gangs:
         owner: name of this dispatcher.
         ledger: what orders the jobs, and is told of every step.
         publish: see ``Publish``.
+        show: see ``Show``.
         clock: Unix seconds.
     """
 
-    def __init__(self, owner: str, ledger: Ledger, publish: Publish, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, owner: str, ledger: Ledger, publish: Publish, show: Show, clock: Callable[[], float] = time.time
+    ) -> None:
         self._owner = owner
         self._ledger = ledger
         self._publish = publish
+        self._show = show
         self._clock = clock
         self._gangs: dict[str, _Gang] = {}
         self._seats: dict[str, _Seat] = {}
@@ -243,6 +250,7 @@ class Gangs:
             request=seat.job.request,
             source=seat.source,
             claim=claim,
+            preview_every=seat.job.preview_every,
         )
         try:
             async with asyncio.timeout(None) as seat.silence, aclosing(gang.handle.generate(assignment)) as messages:
@@ -251,6 +259,8 @@ class Gangs:
                         self._progress(seat, gang, message)
                     elif isinstance(message, Checkpointed):
                         await self._published(seat, gang, message.checkpoint)
+                    elif isinstance(message, Previewed):
+                        self._show(seat.attempt, message)
                     elif isinstance(message, Released):
                         if message.checkpoint is not None:
                             await self._published(seat, gang, message.checkpoint)

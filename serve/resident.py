@@ -27,6 +27,7 @@ class Resident:
     saved: Checkpoint | None = None
     """Newest checkpoint that was written here."""
     saving: "asyncio.Task[None] | None" = None
+    previewing: "asyncio.Task[None] | None" = None
     signature: Hashable = None
     is_admitted: bool = False
     is_busy: bool = False
@@ -65,6 +66,11 @@ class Resident:
         """Whether a checkpoint should be started now; half of what may be lost, so that none waits for it."""
         newest = max(self.published, self.saved.step if self.saved else 0)
         return self.is_steady and self.saving is None and self.step - newest >= max(1, checkpoint_every // 2)
+
+    def wants_preview(self) -> bool:
+        """Whether one should be made of its last step."""
+        every = self.assignment.preview_every
+        return every > 0 and self.step % every == 0 and 0 < self.step < self.num_steps and self.previewing is None
 
     @property
     def is_steady(self) -> bool:

@@ -44,6 +44,11 @@ class ServeStages:
         encoded: TensorRef = await _result(self._vae.encode.remote(job.request, [one.key for one in job.inputs]))
         return encoded
 
+    async def preview(self, job: Job, step: int, latents: TensorRef) -> str:
+        """See ``Stages.preview``."""
+        key: str = await _result(self._vae.preview.remote(job.id, job.attempt, step, job.request, latents))
+        return key
+
     async def decode(self, job: Job, latents: TensorRef) -> dict[str, Artifact]:
         """See ``Stages.decode``."""
         files: dict[str, Artifact] = await _result(self._vae.decode.remote(job.id, job.attempt, job.request, latents))

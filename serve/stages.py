@@ -65,6 +65,8 @@ class Assignment:
     source: Conditions | Checkpoint
     claim: Claim
     """What the gang's own choice of the next step depends on."""
+    preview_every: int = 0
+    """Steps between previews; 0: none wanted."""
 
     @property
     def step(self) -> int:
@@ -104,6 +106,15 @@ class Checkpointed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Previewed:
+    """What the video is going to be, as far as can be told."""
+
+    step: int
+    latents: TensorRef
+    """(C, F, H, W) float32 in NumPy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Released:
     """The job has left the gang between two steps, and can go on elsewhere."""
 
@@ -118,7 +129,7 @@ class Finished:
     latents: TensorRef
 
 
-Message = Progress | Checkpointed | Released | Finished
+Message = Progress | Checkpointed | Previewed | Released | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +185,10 @@ class Stages(Protocol):
 
     async def encode(self, job: Job) -> TensorRef:
         """(C, K, H, W) latents of the job's inputs, in the order of its conditioning."""
+        ...
+
+    async def preview(self, job: Job, step: int, latents: TensorRef) -> str:
+        """Draw a preview; returns the key of a file of the attempt."""
         ...
 
     async def decode(self, job: Job, latents: TensorRef) -> dict[str, Artifact]:

@@ -13,18 +13,26 @@ import ray
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import Cancelled, PusaError
+from pusa_dist.media.child import DecoderLostError
+from pusa_dist.media.decoders import DecodeLimits, Decoders
 from pusa_dist.media.frames import Frame
 from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
+from pusa_dist.preview import LatentColours, to_webp
 from pusa_dist.request import GenerationRequest
-from serve.stages import TensorRef
+from serve.stages import ReplicaLostError, TensorRef
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact
 
 T = TypeVar("T")
 
 NUM_THREADS = 2
-"""Calls at once: a short encode need not wait for a long decode."""
+"""Encodes and decodes at once: a short encode need not wait for a long decode."""
+MAX_CALLS = NUM_THREADS + 1
+"""Calls that a replica takes at once: a preview need not wait for either."""
+
+_DECODE_LIMITS = DecodeLimits(num_bytes=2**40, wall_s=120.0, cpu_s=120, memory_bytes=2**32)
+"""Generous: the gateway has judged every input, here a hang or a crash of a decoder must only not cost the GPU."""
 
 
 class Vae:
@@ -33,9 +41,11 @@ class Vae:
     def __init__(self, model: ModelConfig, device: str, artifacts_url: str) -> None:
         from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
 
-        self._codec = VideoCodec(model, device)
+        self._codec = VideoCodec(model, device, source=Decoders(NUM_THREADS, _DECODE_LIMITS))
         self._artifacts = ArtifactStore(artifacts_url)
         self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
+        self._previews = ThreadPoolExecutor(1, "preview")
+        self._colours: LatentColours | None = None
 
     async def encode(self, request: GenerationRequest, keys: Sequence[str]) -> TensorRef:
         """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
@@ -43,9 +53,35 @@ class Vae:
         def work(check: Callable[[], None]) -> TensorRef:
             inputs = [self._artifacts.read(key) for key in keys]
             check()
-            return TensorRef(ray.put(self._codec.encode_inputs(request, inputs)))
+            try:
+                return TensorRef(ray.put(self._codec.encode_inputs(request, inputs)))
+            except DecoderLostError as error:
+                raise ReplicaLostError(str(error)) from error
 
         return await self._in_thread(work)
+
+    async def preview(
+        self, job_id: str, attempt: int, step: int, request: GenerationRequest, latents: TensorRef
+    ) -> str:
+        """Draw what a video looks like after ``step`` steps, without decoding it; returns the picture's key.
+
+        Args:
+            job_id: of the job.
+            attempt: at it.
+            step: steps done.
+            request: says how fast the video is.
+            latents: where it is heading, (C, F, H, W) float32 in NumPy.
+        """
+        values = await latents.ref
+        key = f"jobs/{job_id}/attempts/{attempt}/preview-{step}.webp"
+
+        def work() -> str:
+            if self._colours is None:
+                self._colours = self._codec.fit_colours()
+            self._artifacts.put(key, to_webp(self._colours.frames(values), request.fps))
+            return key
+
+        return await asyncio.get_running_loop().run_in_executor(self._previews, work)
 
     async def decode(
         self, job_id: str, attempt: int, request: GenerationRequest, latents: TensorRef

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from pusa_dist.errors import RequestError
 from serve.policy.quota import Refusal
+from serve.store.artifacts import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
     for failure in DATABASE_FAILURES:
         app.add_exception_handler(failure, _database)
+
+    @app.exception_handler(StorageError)
+    async def _files(request: Request, error: StorageError) -> JSONResponse:
+        logger.error("%s %s: the artifact store failed: %s", request.method, request.url.path, error)
+        return error_response(storage_unavailable())
 
     @app.exception_handler(RequestError)
     async def _engine(_: Request, error: RequestError) -> JSONResponse:

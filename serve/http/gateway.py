@@ -23,7 +23,7 @@ from serve.http.uploads import IncomingBody
 from serve.http.views import TenantUsage, usage_view
 from serve.http.watch import Watch
 from serve.policy.quota import Quota
-from serve.store.artifacts import ArtifactStore, job_prefix
+from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
 from serve.store.job import JobProgress
 from serve.store.jobs import Job, JobStore
 
@@ -96,7 +96,10 @@ class Gateway:
         """
         check_id(video_id)
         job = found(self._store.delete(tenant, video_id), video_id)
-        self.artifacts.delete(job_prefix(job.id))
+        try:
+            self.artifacts.delete(job_prefix(job.id))
+        except StorageError as error:  # the sweeper finds them: no row names them any more
+            logger.warning("job %s is deleted, but its files cannot be removed yet: %s", job.id, error)
         logger.info("job %s of tenant %s deleted while %s", job.id, job.tenant, job.status)
 
     def cancel(self, tenant: str, video_id: str) -> Job:

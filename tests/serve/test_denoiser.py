@@ -3,6 +3,7 @@
 import asyncio
 import pickle
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from serve.stages import (
     Checkpointed,
     Finished,
     GangUnavailableError,
+    Previewed,
     Progress,
     Released,
     Renewal,
@@ -56,6 +58,9 @@ class OneRank:
         step, data = self.worker.checkpoint(name)
         self.files[f"{prefix}-{step}"] = data
         return step, f"{prefix}-{step}"
+
+    async def preview(self, name):
+        return self.worker.jobs[name][2], "heading"
 
     async def discard(self, key):
         del self.files[key]
@@ -208,6 +213,16 @@ def test_a_checkpoint_that_comes_after_its_job_was_dropped_is_removed(rank):
         reading.cancel()
 
     asyncio.run(scenario())
+
+
+def test_previews_come_every_so_many_steps_to_whom_they_were_promised(rank):
+    given = replace(assignment(torch.ones(3), "shown", steps=6), preview_every=2)
+
+    async def scenario():
+        return await collect(publishing(Denoiser(CONFIG, rank), given))
+
+    messages = asyncio.run(scenario())
+    assert [message.step for message in messages if isinstance(message, Previewed)] == [2, 4]
 
 
 def test_a_newer_attempt_at_a_job_puts_out_the_former(rank):

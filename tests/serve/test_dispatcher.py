@@ -18,6 +18,7 @@ from serve.stages import (
     Finished,
     GangState,
     GangUnavailableError,
+    Previewed,
     Progress,
     Released,
     ReplicaLostError,
@@ -57,6 +58,12 @@ class FakeStages:
             await self.encoding.wait()
         self.fail(job.id, "encode")
         return TensorRef("given")
+
+    async def preview(self, job, step, latents):
+        self.fail(job.id, "preview")
+        key = f"jobs/{job.id}/attempts/{job.attempt}/preview-{step}.webp"
+        self.artifacts.put(key, b"webp")
+        return key
 
     async def decode(self, job, latents):
         self.calls.append(("decode", job.id, latents.ref))
@@ -110,6 +117,8 @@ class FakeGang:
                 yield Progress(step=step, num_steps=num_steps, seconds=self.step_s, num_tokens=given.claim.num_tokens)
                 if step % self.every == 0:
                     yield Checkpointed(checkpoint=self.checkpoint(given, step))
+                if given.preview_every and step % given.preview_every == 0:
+                    yield Previewed(step=step, latents=TensorRef("heading"))
                 self.stages.fail(job_id, "denoise")
             yield Finished(latents=TensorRef("latents"))
         finally:
@@ -784,3 +793,21 @@ def test_a_job_deleted_while_its_inputs_are_read_is_no_internal_error(world, cap
 
     run(scenario)
     assert "internal error" not in caplog.text
+
+
+def test_previews_are_published_one_after_the_other_and_a_lost_one_costs_nothing(world):
+    add_long(world, "j", preview_every=2)
+
+    async def scenario():
+        world.gang.step_s = 0.1
+        world.stages.faults["j", "preview"] = [ReplicaLostError("the VAE died")]
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").preview_step == 4)
+            await world.ended("j")
+
+    run(scenario)
+    assert world.job("j").status == "completed"
+    assert [name for name in stored(world, "j") if "preview" in name] in (
+        ["attempts/1/preview-4.webp"],
+        ["attempts/1/preview-6.webp"],
+    )

@@ -4,7 +4,7 @@ import torch
 from pusa_dist.config import ParallelConfig, load_model_config
 from pusa_dist.errors import NumericsError
 from pusa_dist.request import Conditioning, GenerationRequest
-from pusa_dist.sampler import advance
+from pusa_dist.sampler import advance, clean_estimate
 from pusa_dist.state import GenerationState
 
 MODEL = load_model_config("debug")
@@ -56,6 +56,21 @@ def test_an_exact_velocity_brings_every_frame_to_the_clean_video():
     while not state.is_final:
         (state,) = advance([state], lambda *inputs: (noise - clean).unsqueeze(0))
     torch.testing.assert_close(state.latents, clean, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [(), [(0, 0.0), (1, 0.3)]])
+def test_where_a_generation_is_heading_is_known_after_any_step(given):
+    state = start(5, given, steps=7)
+    clean = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(9))
+    if given:
+        clean[:, 0] = state.latents[:, 0]
+    # The straight way to the clean video, frame by frame, from as much noise as each has.
+    share = state.tables.sigma[0].clamp(min=1e-6).view(1, -1, 1, 1)
+    velocity = (state.latents - clean) / share
+    while not state.is_final:
+        before = state
+        (state,) = advance([state], lambda *inputs: velocity.unsqueeze(0))
+        torch.testing.assert_close(clean_estimate(before, state), clean, rtol=0, atol=1e-4)
 
 
 def test_bf16_latents_become_float32_with_the_first_step_and_the_model_is_always_fed_bf16():
