@@ -47,7 +47,6 @@ class CachedOptions:
     rank: int = 512
     alpha: float | None = None
     """The update is ``alpha / rank * (B @ A)``; None: the rank."""
-    expert: str = "main"
     sharded: bool = False
     """Cut the weights over the ranks, instead of a copy on each."""
     checkpointing: bool = True
@@ -80,6 +79,10 @@ def adapt(
         ConfigError: the cache or the settings cannot be used, or ``out`` holds another run.
         CheckpointError: weights cannot be loaded.
     """
+    if len(model.experts) > 1:
+        raise ConfigError(
+            f"{model.name} has two experts; the adaptation is known for models with one, such as Wan2.1's"
+        )
     cache = LatentCache(data, model)
     if ranks.is_first:  # an error here ends the others too
         _same_run(out / RUN, model, data, options, ranks)
@@ -124,8 +127,8 @@ def adapted_transformer(
     """
     with torch.device("meta"):
         transformer = new_transformer(model.transformer).requires_grad_(False)
-    weights = stored_weights(model, options.expert, transformer)
-    check_exactly(transformer, weights, f"transformer {model.name}/{options.expert}")
+    weights = stored_weights(model, model.experts[0], transformer)
+    check_exactly(transformer, weights, f"transformer {model.name}/{model.experts[0]}")
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(DTYPES[precision])
     inject(transformer, options.rank, options.alpha)
@@ -162,7 +165,7 @@ def _same_run(path: Path, model: ModelConfig, data: Path, options: CachedOptions
         if different:
             raise ConfigError(
                 f"{path.parent} holds a run with other settings ({'; '.join(different)}); repeat them, or use another "
-                f"folder and --start {path.parent / ADAPTER}"
+                f"folder and --init-adapter {path.parent / ADAPTER}"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1) + "\n")

@@ -84,16 +84,22 @@ def parameters_by_key(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {_pusa_key(name): parameter for name, parameter in adapter_parameters(transformer).items()}
 
 
-def published_state(transformer: nn.Module) -> dict[str, Tensor]:
+def published_state(transformer: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """The adapter as it is published: Pusa's keys, on the CPU, for merging at strength 1.
 
     The scale ``alpha / rank``, which the format has no place for, is part of B. Collective where the
     parameters are sharded.
+
+    Args:
+        transformer: with an adapter.
+        keep: False for a rank that only takes part; it gets nothing.
     """
-    return {
-        _pusa_key(name): (whole(parameter) * _scale(transformer, name)).contiguous()
-        for name, parameter in adapter_parameters(transformer).items()
-    }
+    state = {}
+    for name, parameter in adapter_parameters(transformer).items():
+        gathered = whole(parameter, keep=keep)
+        if keep:
+            state[_pusa_key(name)] = (gathered * _scale(transformer, name)).contiguous()
+    return state
 
 
 def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -134,7 +140,7 @@ def save_adapter(transformer: nn.Module, path: Path, *, dtype: torch.dtype = tor
         dtype: of the file; half precision halves it.
         write: whether this rank is the one that writes.
     """
-    state = published_state(transformer)
+    state = published_state(transformer, keep=write)
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: tensor.to(dtype) for key, tensor in state.items()}, path)

@@ -32,7 +32,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_stage(parser: argparse.ArgumentParser, run: Callable[..., None]) -> None:
     parser.add_argument("--model", default="tiny", help="a shipped model's name, or a path to a YAML file: the shape")
-    parser.add_argument("--run", type=Path, dest="folder", help="folder of the run; left out: outputs/MODEL")
+    # --run is no name to use under torchrun, which takes it for an option of its own.
+    parser.add_argument("--out", "--run", type=Path, dest="folder", help="folder of the run; left out: outputs/MODEL")
     parser.add_argument("--threads", type=int, help="CPU threads of a rank; left out: torch's choice")
     for name, kind, meaning in _LOOP:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
@@ -48,9 +49,8 @@ def _add_stage(parser: argparse.ArgumentParser, run: Callable[..., None]) -> Non
 def _add_cached(group: Any) -> None:
     group.add_argument("--data", type=Path, help="adapt the model to this cache, made by `train cache`; no other stage")
     group.add_argument("--weights", help="folder of the model's weights, instead of its own")
-    group.add_argument("--expert", help="which transformer, of a model with two")
     group.add_argument("--alpha", type=float, help="the update is alpha / rank * (B @ A); left out: the rank")
-    group.add_argument("--start", type=Path, help="an adapter in Pusa's format to start from")
+    group.add_argument("--init-adapter", type=Path, help="an adapter in Pusa's format to start from")
     group.add_argument("--sharded", action="store_true", default=None, help="cut the weights over the ranks (FSDP2)")
     group.add_argument(
         "--no-checkpointing", action="store_false", default=None, dest="checkpointing", help="keep all activations"
@@ -85,6 +85,7 @@ _LOOP: tuple[tuple[str, Any, str], ...] = (
     ("steps", int, "optimiser steps"),
     ("batch_size", int, "samples a step, of each rank (the autoencoder's phases have their own)"),
     ("lr", float, "highest learning rate"),
+    ("cycle", int, "steps after which the learning rate rises anew"),
     ("seed", int, "of everything random"),
     ("device", str, "cpu or cuda"),
     ("log_every", int, "steps between lines of log.jsonl"),
@@ -131,7 +132,7 @@ def _adapt(model: Any, arguments: argparse.Namespace, ranks: Any) -> None:
         from pusa_dist.training.adapt import CachedOptions, adapt
 
         options = _options(CachedOptions(), arguments)
-        adapt(model, arguments.data, arguments.folder / "adapt", options, start=arguments.start, ranks=ranks)
+        adapt(model, arguments.data, arguments.folder / "adapt", options, start=arguments.init_adapter, ranks=ranks)
         return
     from pusa_dist.training.stages import adapt_stage
     from pusa_dist.training.transformer import AdaptOptions
@@ -139,7 +140,7 @@ def _adapt(model: Any, arguments: argparse.Namespace, ranks: Any) -> None:
     adapt_stage(model, _options(AdaptOptions(), arguments), arguments.folder, ranks)
 
 
-_CACHED_ONLY = ("weights", "expert", "alpha", "start", "sharded", "checkpointing")
+_CACHED_ONLY = ("weights", "alpha", "init_adapter", "sharded", "checkpointing")
 _WORLD_ONLY = ("num_clips", "caption_dropout", "sample_every")
 
 

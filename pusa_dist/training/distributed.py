@@ -9,7 +9,7 @@ ranks of B samples take the steps that one rank of R * B samples takes, up to th
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from pusa_dist.errors import ConfigError
@@ -29,6 +29,8 @@ from pusa_dist.parallel.mesh import leave_gang, meet
 
 TIMEOUT_S = 1800.0
 """Rank 0 may draw samples for a while as the others wait."""
+BUCKET = 2**26
+"""Gradients summed in one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Ranks:
             return
         if any(p.grad is None for p in mine):
             raise ConfigError("a trained parameter has no gradient; freeze what the loss does not depend on")
-        for grads in _same_kind([p.grad for p in mine if p.grad is not None]):
+        for grads in _buckets([p.grad for p in mine if p.grad is not None]):
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
             flat /= self.world_size
@@ -115,7 +117,7 @@ def checkpoint_blocks(transformer: VectorTimestepTransformer) -> None:
     """
     for block in transformer.blocks:
         # The forward itself, not the module's call: hooks must run once.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard(transformer: VectorTimestepTransformer, ranks: Ranks) -> None:
@@ -137,12 +139,21 @@ def shard(transformer: VectorTimestepTransformer, ranks: Ranks) -> None:
     fully_shard(transformer, mesh=ranks.mesh)
 
 
-def whole(content: Any) -> Any:
+def whole(content: Any, *, keep: bool = True) -> Any:
     """The same nested lists and mappings with every sharded tensor gathered, all on the CPU, to be saved.
 
-    Collective where tensors are sharded; every rank gets them.
+    Collective where tensors are sharded. A tensor at a time is whole on the device.
+
+    Args:
+        content: lists, tuples and mappings of tensors and anything else.
+        keep: False for a rank that only takes part, which is given None for every tensor.
     """
-    return tree_map(_whole_tensor, content)
+
+    def gathered(tensor: Tensor) -> Tensor | None:
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.detach().cpu() if keep else None
+
+    return tree_map_only(Tensor, gathered, content)
 
 
 def like(value: Tensor, example: Tensor) -> Tensor:
@@ -153,14 +164,14 @@ def like(value: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(here, example.device_mesh, example.placements, src_data_rank=None)
 
 
-def _whole_tensor(value: Any) -> Any:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _same_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    kinds: dict[Any, list[Tensor]] = {}
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one device and dtype, of at most BUCKET elements unless one alone has more."""
+    bucket: list[Tensor] = []
     for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(kinds.values())
+        fits = sum(each.numel() for each in bucket) + tensor.numel() <= BUCKET
+        if bucket and not (fits and (tensor.device, tensor.dtype) == (bucket[0].device, bucket[0].dtype)):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

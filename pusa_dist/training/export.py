@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -49,11 +50,11 @@ def fold_statistics(model: AutoencoderKLWan, mean: Tensor, std: Tensor) -> None:
         mean: (C,), measured.
         std: (C,), measured.
     """
-    into, out_of = model.quant_conv, model.post_quant_conv
-    scale = std.repeat(2)  # of the means, then of the log variances, whose unit changes too
+    into: Any = model.quant_conv
+    out_of: Any = model.post_quant_conv
     into.weight[: len(mean)] /= std.view(-1, 1, 1, 1, 1)
     into.bias[: len(mean)] -= mean
     into.bias[: len(mean)] /= std
-    into.bias[len(mean) :] -= 2 * scale[len(mean) :].log()
+    into.bias[len(mean) :] -= 2 * std.log()  # the log variances, in the new unit
     out_of.bias += out_of.weight.flatten(1) @ mean
     out_of.weight *= std.view(1, -1, 1, 1, 1)

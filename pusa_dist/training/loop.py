@@ -36,6 +36,8 @@ class LoopOptions:
     lr: float
     warmup: int = 100
     """Steps over which the learning rate rises to ``lr``; it then falls on half a cosine to nothing."""
+    cycle: int | None = None
+    """Steps after which the learning rate rises anew; None: it does not."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -83,7 +85,7 @@ def train(
     with tqdm(total=options.steps, initial=start, unit="step", disable=not ranks.is_first) as bar:
         for step in range(start, options.steps):
             for group in optimiser.param_groups:
-                group["lr"] = options.lr * rate(step, options.steps, options.warmup)
+                group["lr"] = options.lr * rate(step, options.cycle or options.steps, options.warmup)
             values = loss(step, step_generator(options.seed, step, ranks.rank))
             values["loss"].backward()
             ranks.average_gradients([p for p in parameters if p.grad is not None])
@@ -103,7 +105,7 @@ def train(
                 clock, samples = time.perf_counter(), 0
             if done % options.save_every == 0 or done == options.steps:
                 content = {"weights": parameters, "optimiser": optimiser.state_dict(), "average": average.state}
-                content = whole(content)  # on every rank: shards are gathered
+                content = whole(content, keep=ranks.is_first)  # on every rank: shards are gathered
                 if ranks.is_first:
                     save_atomically({"step": done, **content}, out / CHECKPOINT)
             if sample is not None and ranks.is_first and (done % options.sample_every == 0 or done == options.steps):
@@ -113,11 +115,12 @@ def train(
     average.copy_to(parameters)
 
 
-def rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the learning rate in a step: a linear rise, then half a cosine down to nothing."""
+def rate(step: int, cycle: int, warmup: int) -> float:
+    """Share of the learning rate in a step: a linear rise, then half a cosine down to nothing, and again."""
+    step %= cycle
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, cycle - warmup)))
 
 
 def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
@@ -144,14 +147,14 @@ class Average:
         if not self.state:
             return
         keep = min(self._keep, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.state, parameters, 1 - keep)
+        torch._foreach_lerp_(self.state, list[Tensor](parameters), 1 - keep)
 
     @torch.no_grad()
     def copy_to(self, parameters: list[nn.Parameter]) -> None:
         """Overwrite the weights with their average, if one is kept."""
         if not self.state:
             return
-        torch._foreach_copy_(parameters, self.state)
+        torch._foreach_copy_(list[Tensor](parameters), self.state)
 
     def in_place(self, parameters: list[nn.Parameter]) -> Any:
         """Context in which the weights are their average."""
@@ -168,7 +171,7 @@ class _Swapped:
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(self._parameters, self._kept)
+            torch._foreach_copy_(list[Tensor](self._parameters), self._kept)
 
 
 def save_atomically(content: object, path: Path) -> None:

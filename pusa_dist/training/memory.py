@@ -198,7 +198,7 @@ class _Live(TorchDispatchMode):
     """Follows the storages that operations make, until nothing holds them."""
 
     def __init__(self, known: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive = 0
         self.peak = 0

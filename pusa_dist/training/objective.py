@@ -18,7 +18,7 @@ Three facts of the public code that the recordings show and that are kept:
 * Its search takes one sample at a time. Ours takes any batch: the loss is the mean over samples of what each
   would have had alone.
 
-Ref: Pusa V1.0, arXiv:2507.16116, section 4.
+Ref: Pusa V1.0, arXiv:2507.16116.
 """
 
 import hashlib

@@ -44,7 +44,7 @@ class AdaptOptions:
 
     loop: LoopOptions = field(
         default_factory=lambda: LoopOptions(
-            steps=400, batch_size=48, lr=2e-3, warmup=40, betas=(0.9, 0.99), ema=0.98, sample_every=200
+            steps=1200, batch_size=16, lr=2e-3, warmup=40, betas=(0.9, 0.99), ema=0.99, sample_every=600
         )
     )
     num_clips: int = 6144

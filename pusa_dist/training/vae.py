@@ -8,11 +8,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanResample
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from pusa_dist.checkpoint.vae import new_vae
 from pusa_dist.config import VaeConfig
@@ -72,7 +74,8 @@ class VaeOptions:
 def train_vae(config: VaeConfig, options: VaeOptions, out: Path, ranks: Ranks = ALONE) -> AutoencoderKLWan:
     """Train an autoencoder of a shape; its latents are not normalised yet (``measured``)."""
     torch.manual_seed(options.loop.seed)
-    vae = new_vae(unnormalised(config)).to(options.loop.device)
+    vae = new_vae(unnormalised(config))
+    nn.Module.to(vae, options.loop.device)
     start_as_passthrough(vae)
     scenes = [scene(seed) for seed in range(options.num_clips)]
     clips = torch.from_numpy(np.stack([render(each) for each in scenes]))  # (N, T, H, W, 3) uint8
@@ -104,20 +107,21 @@ def start_as_passthrough(vae: AutoencoderKLWan) -> None:
     for module in vae.modules():
         if not isinstance(module, WanResample) or module.mode == "none":
             continue
-        convolution = module.resample[1]
-        _hand_on(convolution.weight, convolution.bias, pool=module.mode.startswith("downsample"))
+        _hand_on(module.resample[1], pool=module.mode.startswith("downsample"))
         if module.mode.endswith("3d"):
-            _hand_on(module.time_conv.weight, module.time_conv.bias)
-    for convolution in (vae.quant_conv, vae.post_quant_conv):
-        _hand_on(convolution.weight, convolution.bias)
-    half = vae.quant_conv.bias.shape[0] // 2
-    vae.quant_conv.weight[half:] *= 0.1
-    vae.quant_conv.bias[half:] = -5.0  # little noise on the latents at first, or nothing gets through
+            _hand_on(module.time_conv)
+    moments: Any = vae.quant_conv
+    _hand_on(moments)
+    _hand_on(vae.post_quant_conv)
+    half = moments.bias.shape[0] // 2
+    moments.weight[half:] *= 0.1
+    moments.bias[half:] = -5.0  # little noise on the latents at first, or nothing gets through
 
 
-def _hand_on(weight: Tensor, bias: Tensor, pool: bool = False) -> None:
+def _hand_on(convolution: Any, pool: bool = False) -> None:
     """Output i is input i, modulo their number: of the newest frame, and of the pixel or the four it stands for."""
-    bias.zero_()
+    weight = convolution.weight
+    convolution.bias.zero_()
     weight.mul_(0.3)
     outputs, inputs, *kernel = weight.shape
     for i in range(max(outputs, inputs)):
@@ -155,7 +159,7 @@ def vae_loss(
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKLWan, video: Tensor) -> np.ndarray:  # type: ignore[type-arg]
+def reconstruct(vae: AutoencoderKLWan, video: Tensor) -> NDArray[np.uint8]:
     """Clips (B, 3, T, H, W) through the autoencoder as the service runs it: (B, T, H, W, 3) bytes."""
     return to_frames(torch.cat(list(decode_chunks(vae, encode(vae, video))), dim=2))
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AutoencoderKLWan,
-    WanMidBlock,
     WanResample,
     WanResidualBlock,
     WanRMS_norm,
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 def encode_moments(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log variance, (B, C, F, h, w) each and not normalised, of a clip (B, 3, T, H, W) in [-1, 1]."""
-    encoder = vae.encoder
+    encoder: Any = vae.encoder
     x = encoder.conv_in(video)
     for layer in encoder.down_blocks:
         x = _halve_rate(layer, x) if isinstance(layer, WanResample) else _residual(layer, x)
@@ -34,17 +33,18 @@ def encode_moments(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Frames (B, 3, T, H, W) of latents that are not normalised; not clamped, which would stop gradients."""
-    decoder = vae.decoder
+    decoder: Any = vae.decoder
     x = _middle(decoder.mid_block, decoder.conv_in(vae.post_quant_conv(latents)))
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             x = _residual(resnet, x)
         for layer in block.upsamplers or ():
             x = _double_rate(layer, x)
-    return decoder.conv_out(_norm_silu(decoder.norm_out, x))
+    frames: Tensor = decoder.conv_out(_norm_silu(decoder.norm_out, x))
+    return frames
 
 
-def _middle(block: WanMidBlock, x: Tensor) -> Tensor:
+def _middle(block: Any, x: Tensor) -> Tensor:
     first, *others = block.resnets
     x = _residual(first, x)
     for attention, resnet in zip(block.attentions, others, strict=True):
@@ -52,7 +52,8 @@ def _middle(block: WanMidBlock, x: Tensor) -> Tensor:
     return x
 
 
-def _residual(block: WanResidualBlock, x: Tensor) -> Tensor:
+def _residual(block: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(block, WanResidualBlock)
     inner = block.conv1(_norm_silu(block.norm1, x))
     return block.conv2(_norm_silu(block.norm2, inner)) + block.conv_shortcut(x)
 
@@ -79,7 +80,7 @@ def _each_frame(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def _norm_silu(norm: WanRMS_norm, x: Tensor) -> Tensor:
-    out: Tensor = _NormSilu.apply(x, norm.gamma)
+    out: Tensor = _NormSilu.apply(x, norm.gamma)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -97,7 +98,7 @@ class _NormSilu(torch.autograd.Function):
         return nn.functional.silu(normed * gamma, inplace=True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of ``x`` and ``gamma``."""
         normed, scale, gamma = ctx.saved_tensors
         grad = torch.ops.aten.silu_backward(grad, normed * gamma)

@@ -8,6 +8,7 @@ from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import load_model_config
 from pusa_dist.errors import ConfigError
 from pusa_dist.generate import Place
+from pusa_dist.training import distributed
 from pusa_dist.training.adapter import adapter_parameters, inject, published_state
 from pusa_dist.training.distributed import Ranks, checkpoint_blocks, like, meet_at, shard, whole
 from pusa_dist.training.objective import TrainingSchedule, draw, lesson, loss, sample_generator
@@ -133,6 +134,13 @@ def test_checkpointed_blocks_give_the_same_gradients(alone):
 def test_samples_are_numbered_over_ranks_and_steps():
     shares = [list(Ranks(rank, 2).numbers(step, 3)) for step in (0, 1) for rank in (0, 1)]
     assert [number for share in shares for number in share] == list(range(12))
+
+
+def test_gradients_go_in_messages_of_bounded_size_and_one_kind(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET", 10)
+    sizes = [4, 6, 1, 30, 2, 3]
+    tensors = [torch.empty(size, dtype=torch.float64 if size == 3 else torch.float32) for size in sizes]
+    assert [[t.numel() for t in bucket] for bucket in distributed._buckets(tensors)] == [[4, 6], [1], [30], [2], [3]]
 
 
 def test_a_parameter_without_a_gradient_is_an_error_and_not_a_hang():

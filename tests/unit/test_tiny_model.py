@@ -64,13 +64,16 @@ def test_most_held_out_prompts_come_out_right(tmp_path: Path, first_frame: bool)
     """Six seeds, of which the table (``make quality``) has hundreds: a broken file or loader fails, luck does not."""
     transformer = build_transformer(MODEL, "main", device="cpu", precision="fp32")
     lora = build_lora(MODEL, "main", transformer)
-    assert lora is not None and MODEL.lora is not None
+    assert lora is not None
+    assert MODEL.lora is not None
     lora.set_alpha(MODEL.lora.alpha["main"])
     prompts = PromptEncoder(MODEL, "cpu")
     contexts = torch.stack([prompts.encode(caption(one)) for one in SCENES])
     negative = prompts.encode(MODEL.defaults.negative_prompt)[None]
     vae = build_vae(MODEL, device="cpu", precision="fp32")
-    seen = preview(MODEL, transformer, vae, SCENES, (contexts, negative), tmp_path / "grid.png", first_frame=first_frame)
+    seen = preview(
+        MODEL, transformer, vae, SCENES, (contexts, negative), tmp_path / "grid.png", first_frame=first_frame
+    )
     assert seen["colour"] >= 5 / 6
     assert seen["direction"] >= 5 / 6
     assert seen["all"] >= 4 / 6

@@ -85,14 +85,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, monkeypatch)
 
 def test_another_run_is_not_continued_by_mistake(data, tmp_path):
     adapt(MODEL, data, tmp_path / "run", OPTIONS)
-    with pytest.raises(ConfigError, match=r"rank=4 there, 8 here.*repeat them, or use another folder and --start"):
+    with pytest.raises(
+        ConfigError, match=r"rank=4 there, 8 here.*repeat them, or use another folder and --init-adapter"
+    ):
         adapt(MODEL, data, tmp_path / "run", replace(OPTIONS, rank=8))
     adapt(MODEL, data, tmp_path / "run", replace(OPTIONS, loop=replace(LOOP, log_every=3)))
 
 
 def test_what_cannot_be_used_is_refused_before_anything_is_trained(data, tmp_path):
-    with pytest.raises(ConfigError, match="expert 'low' is unknown"):
-        adapt(MODEL, data, tmp_path / "run", replace(OPTIONS, expert="low"))
+    with pytest.raises(ConfigError, match="two experts"):
+        adapt(load_model_config("debug-two-expert"), data, tmp_path / "run", OPTIONS)
     other = adapt(MODEL, data, tmp_path / "other", replace(OPTIONS, rank=2, loop=replace(LOOP, steps=1)))
     with pytest.raises(CheckpointError, match="misshapen"):
         adapt(MODEL, data, tmp_path / "new", OPTIONS, start=other)
@@ -102,7 +104,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_trained(data, tmp_pat
 
 
 def test_the_command_adapts_and_goes_on(data, tmp_path, capsys):
-    arguments = ["train", "adapt", "--model", "debug", "--data", str(data), "--run", str(tmp_path / "run")]
+    arguments = ["train", "adapt", "--model", "debug", "--data", str(data), "--out", str(tmp_path / "run")]
     arguments += ["--steps", "2", "--rank", "3", "--lr", "1e-3", "--batch-size", "2", "--threads", "1"]
     for _ in range(2):
         assert main(arguments) == 0
@@ -111,7 +113,7 @@ def test_the_command_adapts_and_goes_on(data, tmp_path, capsys):
     assert (run["rank"], run["steps"], run["lr"], run["ema"]) == (3, 2, 1e-3, 0.0)
     assert main([*arguments[:-2], "--caption-dropout", "0.1"]) == 2
     assert "--caption-dropout: only with no --data" in capsys.readouterr().err
-    assert main(["train", "adapt", "--model", "debug", "--sharded", "--run", str(tmp_path / "none")]) == 2
+    assert main(["train", "adapt", "--model", "debug", "--sharded", "--out", str(tmp_path / "none")]) == 2
     assert "--sharded: only with --data" in capsys.readouterr().err
 
 

@@ -108,3 +108,4 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[0] == 0.1
     assert max(rates) == rates[10] == 1.0
     assert rates[-1] < 0.01
+    assert [rate(step, 50, 10) for step in range(100)][50:] == [rate(step, 50, 10) for step in range(50)]
