@@ -26,7 +26,8 @@ from pusa_dist.media.clips import iter_frames
 from pusa_dist.media.images import read_image
 from pusa_dist.world.render import render
 from pusa_dist.world.scene import BACKGROUNDS, COLOURS, SHAPES, held_out, scene
-from serve import __main__ as serve_command
+from serve.__main__ import _parser
+from serve.commands.options import read_config
 from tests.cluster.world_service import painting_service, true_frames
 
 PAIRS = held_out_pairs(12, 500)
@@ -268,8 +269,8 @@ def test_the_command_measures_given_services_and_says_so_by_its_exit_code(tmp_pa
 
 
 def test_the_services_configuration_is_shipped():
-    options = serve_command._parser().parse_args(["--model", "debug", "--config", command.SERVICE_CONFIG])
-    assert serve_command.read_config(options).denoiser.num_replicas == 2
+    arguments = ["--model", "debug", "--config", command.SERVICE_CONFIG]
+    assert read_config(_parser(arguments).parse_args(arguments)).denoiser.num_replicas == 2
 
 
 class _entered:

@@ -39,7 +39,7 @@ class Painter(threading.Thread):
         store = JobStore(self._config.resolved_database_url)
         artifacts = ArtifactStore(self._config.resolved_artifacts_url)
         while not self._stop_asked.wait(0.02):
-            for queued in store.queued(10):
+            for queued in store.queued(self._config.model, 10):
                 job = store.claim(queued.id, "painter", 60.0)
                 data = as_zip(self._paint(job.request))
                 key = f"jobs/{job.id}/frames.zip"

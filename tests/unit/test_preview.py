@@ -78,7 +78,7 @@ def test_previews_of_the_loaded_vae_resemble_what_it_decodes(codec):
 def codec_encode(codec):
     import torch
 
-    return lambda frames: torch.stack(list(codec._latents(iter(frames))), dim=1).float().numpy()
+    return lambda frames: torch.stack(list(codec.encode_frames(iter(frames))), dim=1).float().numpy()
 
 
 def as_tensor(latents):
