@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from sqlalchemy.exc import DBAPIError
 
 from pusa_dist.errors import ConfigError
-from serve.commands import audit, backup, keys, run, tenants
+from serve.commands import audit, backup, keys, node, run, tenants
 from serve.commands.options import add_store_arguments
 from serve.store.artifacts import StorageError
 
@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "tenants": (tenants.add_arguments, "weights and quotas; erase a tenant"),
     "audit": (audit.add_arguments, "who changed keys, tenants and quotas"),
     "backup": (backup.add_backup_arguments, "copy the store while the service runs"),
+    "node": (node.add_node_arguments, "ray start --block that hands over its jobs before it goes"),
+    "leave": (node.add_leave_arguments, "have the gangs of this machine hand over their jobs: a preStop hook"),
     "restore": (backup.add_restore_arguments, "fill an empty store with a backup"),
 }
 
@@ -45,8 +47,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="serve",
         description="Serve video generation over HTTP, until Ctrl-C.",
-        epilog="commands on the store of a service, running or not: "
-        + "; ".join(f"{name} ({meaning})" for name, (_, meaning) in COMMANDS.items()),
+        epilog="commands beside it: " + "; ".join(f"{name} ({meaning})" for name, (_, meaning) in COMMANDS.items()),
     )
     if arguments and arguments[0] in COMMANDS:
         commands = parser.add_subparsers(required=True, metavar="COMMAND")

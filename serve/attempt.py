@@ -24,6 +24,8 @@ class Attempt:
     """Newest one that is published."""
     preview_key: str | None = None
     """Newest preview that is published."""
+    is_drawing: bool = False
+    """Another preview is being made."""
     is_reported: bool = False
     """Whether the store knows this stage and step."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -349,6 +349,9 @@ class Dispatcher:
 
     def _show(self, attempt: Attempt, preview: Previewed) -> None:
         """See ``serve.gangs.Show``."""
+        if attempt.is_drawing:  # a VAE that is busy is given one at a time, and they are shown in order
+            return
+        attempt.is_drawing = True
         drawing = asyncio.create_task(self._draw(attempt, preview))
         self._drawing.add(drawing)
         drawing.add_done_callback(self._drawing.discard)
@@ -363,6 +366,8 @@ class Dispatcher:
                 await asyncio.to_thread(self._artifacts.delete, unneeded)
         except Exception as error:  # noqa: BLE001 - a video is worth more than its previews
             logger.warning("job %s: no preview after step %d: %s", job.id, preview.step, type(error).__name__)
+        finally:
+            attempt.is_drawing = False
 
     async def _stopped(self, attempt: Attempt) -> str | None:
         job = attempt.job

@@ -5,10 +5,11 @@ with a rank on this machine checkpoint its jobs and hand them over, each at its 
 the node. ``leave`` does the first half alone: a Kubernetes preStop hook beside a ``ray start`` of its own.
 """
 
-import argparse
 import asyncio
 import logging
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ NOTICE_S = 25.0
 """A spot instance is told to go at least this long before it is cut off."""
 
 
-def node(ray_arguments: Sequence[str], notice_s: float = NOTICE_S) -> int:
+def run_node(ray_arguments: Sequence[str], notice_s: float = NOTICE_S) -> int:
     """Run a Ray node until it ends or SIGTERM or SIGINT comes; returns its exit code.
 
     Args:
@@ -31,37 +32,49 @@ def node(ray_arguments: Sequence[str], notice_s: float = NOTICE_S) -> int:
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *ray_arguments]
+    name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-name={name}", *ray_arguments]
     # A group of its own: the signal that tells us to go must not reach Ray before the jobs have left.
     process = subprocess.Popen(command, start_new_session=True)
     while process.poll() is None:
         if told.wait(0.2):
-            _hand_over_from_here(notice_s)
+            _hand_over(name, _address(ray_arguments), notice_s)
             process.send_signal(signal.SIGTERM)
             break
     return process.wait()
 
 
-def leave(notice_s: float = NOTICE_S) -> int:
-    """Have every gang with a rank on this machine hand over its jobs; returns how many jobs there were.
+def leave(notice_s: float = NOTICE_S, node_name: str | None = None, address: str = "auto") -> int:
+    """Have every gang with a rank on a node hand over its jobs; returns how many jobs there were.
+
+    Args:
+        notice_s: longest time it may take.
+        node_name: of ``ray start``; None: the node of this machine.
+        address: of the Ray cluster.
 
     Raises:
-        ConfigError: no Ray node runs on this machine.
+        ConfigError: there is no such cluster or node.
     """
     import ray
 
     ray_init: Any = ray.init
+    list_nodes: Any = ray.nodes
     try:
-        ray_init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
+        ray_init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except ConnectionError as error:
-        raise ConfigError(f"no Ray node was found on this machine: {error}; start one with ray start") from error
+        raise ConfigError(f"no Ray node was found at address {address}: {error}; start one with ray start") from error
     try:
-        return asyncio.run(_leave(ray.get_runtime_context().get_node_id(), notice_s))
+        named = {one["NodeName"]: one["NodeID"] for one in list_nodes()}
+        if node_name is not None and node_name not in named:
+            raise ConfigError(f"the cluster has no node called {node_name}; it has {', '.join(sorted(named))}")
+        node_id = ray.get_runtime_context().get_node_id() if node_name is None else named[node_name]
+        return asyncio.run(hand_over(node_id, notice_s))
     finally:
         ray.shutdown()
 
 
-async def _leave(node_id: str, notice_s: float) -> int:
+async def hand_over(node_id: str, notice_s: float) -> int:
+    """Have every gang with a rank on the node hand over its jobs; returns how many jobs there were."""
     import ray
 
     from serve.gang_replica import NAMESPACE
@@ -81,23 +94,20 @@ async def _leave(node_id: str, notice_s: float) -> int:
     return sum(await asyncio.gather(*(ask(name) for name in names)))
 
 
-def _hand_over_from_here(notice_s: float) -> None:
+def _hand_over(node_name: str, address: str, notice_s: float) -> None:
     """``leave`` in a process of its own: whatever goes wrong in it must not keep the node from stopping."""
+    command = [sys.executable, "-m", "serve", "leave", "--notice", f"{notice_s:g}"]
+    command += ["--node-name", node_name, "--address", address]
     try:
-        subprocess.run([sys.executable, "-m", "serve", "leave"], timeout=notice_s + 5.0, check=False)
+        subprocess.run(command, timeout=notice_s + 5.0, check=False)
     except subprocess.TimeoutExpired:
         sys.stderr.write("serve: the hand-over was not done in time\n")
 
 
-def parse_node(arguments: Sequence[str]) -> int:
-    """``python -m serve node [arguments of ray start]``."""
-    return node(arguments)
-
-
-def parse_leave(arguments: Sequence[str]) -> int:
-    """``python -m serve leave``: says how many jobs were handed over."""
-    parser = argparse.ArgumentParser(prog="serve leave", description=leave.__doc__)
-    parser.add_argument("--notice", type=float, default=NOTICE_S, metavar="S", help="longest wait (%(default)g)")
-    options = parser.parse_args(arguments)
-    sys.stdout.write(f"jobs handed over: {leave(options.notice)}\n")
-    return 0
+def _address(ray_arguments: Sequence[str]) -> str:
+    """What ``--address`` says, however it is written."""
+    for index, argument in enumerate(ray_arguments):
+        name, _, value = argument.partition("=")
+        if name == "--address":
+            return value or ray_arguments[index + 1]
+    return "auto"

@@ -33,17 +33,37 @@ def local_ray(num_cpus=4):
 
 
 def replica_processes():
-    """Process ids on this machine by deployment; those of a gang's own actors as ``Coordinator`` and ``Rank``."""
+    """Process ids of our own clusters by deployment; those of a gang's own actors as ``Coordinator`` and ``Rank``.
+
+    Another Ray on this machine is nobody's to kill: only what this process started, at whatever depth, is found.
+    """
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in descendants(os.getpid()):
         try:
-            title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
         except (FileNotFoundError, ProcessLookupError):
             continue
         # Such as ray::ServeReplica:pusa:Vae, or ray::Rank.step while it is in a call.
         if title.startswith("ray::ServeReplica:pusa:"):
             name = title.removeprefix("ray::ServeReplica:pusa:").partition(".")[0].partition(":")[0]
-            found.setdefault(name, []).append(int(folder.name))
+            found.setdefault(name, []).append(pid)
         elif (name := title.removeprefix("ray::").partition(".")[0].partition(":concurrency")[0]) in _ACTORS:
-            found.setdefault(name, []).append(int(folder.name))
+            found.setdefault(name, []).append(pid)
     return found
+
+
+def descendants(ancestor):
+    """Process ids below a process, at whatever depth, in the order in which they were started."""
+    children = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    found, waiting = [], [ancestor]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return sorted(found)

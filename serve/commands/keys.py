@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _create(options: argparse.Namespace) -> int:
-    store = open_store(options)
+    store = open_store(options, may_be_new=True)
     key_id, secret = store.create_key(options.tenant, options.label, actor=actor())
     store.close()
     print(f"key {key_id} of tenant {options.tenant}; it is shown only now:", file=sys.stderr)

@@ -3,11 +3,13 @@
 import argparse
 import getpass
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from sqlalchemy import make_url
 
 from pusa_dist.errors import ConfigError
 from serve.config import ServeConfig
@@ -40,11 +42,33 @@ def read_config(options: argparse.Namespace) -> ServeConfig:
         raise ConfigError(f"{where}: {first['msg']} (given: {first['input']!r})") from error
 
 
-def open_store(options: argparse.Namespace) -> JobStore:
-    """The job store of the command line's configuration; the service may be running on it."""
-    store = JobStore(read_config(options).resolved_database_url)
+def open_store(options: argparse.Namespace, *, may_be_new: bool = False) -> JobStore:
+    """The job store of the command line's configuration; the service may be running on it.
+
+    Args:
+        options: with ``add_store_arguments``.
+        may_be_new: whether a database that does not exist is made, and not a mistyped folder.
+
+    Raises:
+        ConfigError: there is no such database, or a newer version's.
+    """
+    url = read_config(options).resolved_database_url
+    new = new_file(url)
+    if new is not None and not may_be_new:
+        raise ConfigError(f"there is no database {new}; name the service's own with --state or --config")
+    store = JobStore(url)
     store.create_tables()
+    if new is not None:
+        print(f"serve: {new} is a new database; a service uses it when it is given the same --state", file=sys.stderr)
     return store
+
+
+def new_file(database_url: str) -> Path | None:
+    """The file of a database that does not exist yet; None: it does, or is no file."""
+    address = make_url(database_url)
+    if address.get_backend_name() != "sqlite" or address.database is None or Path(address.database).exists():
+        return None
+    return Path(address.database)
 
 
 def open_artifacts(options: argparse.Namespace) -> ArtifactStore:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _set(options: argparse.Namespace) -> int:
-    store = open_store(options)
+    store = open_store(options, may_be_new=True)
     limits = {name: getattr(options, name) for name in _LIMITS if getattr(options, name) is not None}
     limits = {name: None if limit == "none" else limit for name, limit in limits.items()}
     known = store.tenant(options.tenant)

@@ -80,8 +80,10 @@ def orders(gangs: Iterable[Gang], ready: Sequence[Resident], *, switch_s: float 
     made += _begin(ready[: len(idle)], idle)
     if len(ready) > len(idle):
         board = _Board(busy, num_emptying, switch_s)
-        for job in ready[len(idle) :]:
-            board.put(job)
+        # First who interrupts: a job that follows must not take a place that one of them would take from it.
+        others = [job for job in ready[len(idle) :] if not board.interrupts(job)]
+        for job in others:
+            board.follows(job)
         made += board.made
     num_coming += sum(isinstance(order, Release) for order in made)
     return made + _take_over(busy, len(idle) - len(ready) - num_coming)
@@ -155,13 +157,17 @@ class _Board:
             if room.is_open and not room.num_leaving:
                 self._soonest.setdefault(room.running.claim.lora, []).append(room)
         self._emptying = [room for room in busy if room.num_leaving and not room.waiting]
-        self._last = [(one, room) for room in busy for one in room.waiting]
+        self._last = [(one, room) for room in busy for one in room.waiting if not self._is_interrupting(one, room)]
         self._last.sort(key=lambda pair: precedence(pair[0]))
 
-    def put(self, job: Resident) -> None:
-        """Find a place for a job; it may have to wait for one."""
+    def interrupts(self, job: Resident) -> bool:
+        """Give a job to a gang whose running job it may interrupt; False: there is none."""
         own = self._batch.get(job.claim.tenant, []) if job.claim.is_urgent else []
-        if not (self._interrupt(job, own) or self._interrupt(job, self._furthest) or self._follow(job)):
+        return self._interrupt(job, own) or self._interrupt(job, self._furthest)
+
+    def follows(self, job: Resident) -> None:
+        """Give a job to a gang for when its running job has ended; it may have to wait for a place."""
+        if not self._follow(job):
             self._replace(job)
 
     def _interrupt(self, job: Resident, rooms: list[_Room]) -> bool:
@@ -187,10 +193,12 @@ class _Board:
             return True
         if not room.waiting:
             return False
-        last = max(room.waiting, key=precedence)
-        # A job in its own tenant's stead takes nothing from the one that waits, which comes back to wait for it.
-        is_in_stead = room.running.claim.tenant == job.claim.tenant != last.claim.tenant
-        return self._displace(job, last, room, at_any_rate=is_in_stead)
+        last = max(room.waiting, key=lambda one: (not self._is_interrupting(one, room), *precedence(one)))
+        # One that only follows loses nothing by following later.
+        return self._displace(job, last, room, at_any_rate=not self._is_interrupting(last, room))
+
+    def _is_interrupting(self, job: Resident, room: _Room) -> bool:
+        return preempts(job, room.running, self._switch_s)
 
     def _follow(self, job: Resident) -> bool:
         """After the running job of the gang that is first done with its own, or in the next place that becomes free."""

@@ -72,7 +72,7 @@ class Attempts(Database):
             "started_at": func.coalesce(jobs.c.started_at, now),
         }
         queued = and_(jobs.c.id == job_id, jobs.c.status == "queued")
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             if connection.execute(update(jobs).where(queued).values(claimed)).rowcount == 0:
                 return None
             return job_from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one())
@@ -80,7 +80,7 @@ class Attempts(Database):
     def renew(self, owner: str, job_ids: Collection[str], lease_s: float) -> None:
         """Extend the owner's leases of these jobs; what else it claimed runs out, and is queued again."""
         held = and_(jobs.c.owner == owner, jobs.c.id.in_(list(job_ids)), jobs.c.status == "in_progress")
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(update(jobs).where(held).values(lease_until=self._clock() + lease_s))
 
     def expired(self, now: float) -> list[str]:
@@ -163,14 +163,14 @@ class Attempts(Database):
             return set(job_ids) - set(connection.execute(wanted).scalars())
 
     def _report(self, job_id: str, attempt: int, **values: Any) -> bool:
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             result = connection.execute(update(jobs).where(_in_progress(job_id, attempt)).values(values))
             return result.rowcount == 1
 
     def _end(self, job_id: str, attempt: int, status: Status, **values: Any) -> bool:
         now = self._clock()
         ended = {"status": status, "completed_at": now, "owner": None, "lease_until": None, **values}
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             if connection.execute(update(jobs).where(_in_progress(job_id, attempt)).values(ended)).rowcount == 0:
                 return False
             owe_delivery(connection, job_id, now)
@@ -190,7 +190,7 @@ class Attempts(Database):
             "owner": None,
             "lease_until": None,
         }
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             if connection.execute(update(jobs).where(which).values(released)).rowcount == 0:
                 return False
             ended = select(literal(1)).where(jobs.c.id == job_id, jobs.c.status == "cancelled")

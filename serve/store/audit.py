@@ -39,7 +39,7 @@ class AuditLog(Database):
 
     def record(self, actor: str, action: str, tenant: str | None, detail: Mapping[str, Any]) -> None:
         """Write down a change that is none of a row here."""
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             record(connection, self._clock(), actor, action, tenant, detail)
 
 

@@ -5,9 +5,11 @@ SQLite runs in WAL mode so that readers never wait for the writer. Where a trans
 rows, it locks them in the order tenant, job, anything else: no two wait for each other.
 """
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ class Database:
         # An acknowledged job must survive a power cut; progress need not.
         self._durable = open_database(url, synchronous="FULL")
         self._clock = clock
+        # SQLite lets one write at a time, and the others look again and again: whoever has just come may be
+        # faster than who has waited for seconds. Within a process they queue here instead.
+        self._one_writer = FirstComeLock() if self._engine.dialect.name == "sqlite" else nullcontext()
 
     def create_tables(self) -> None:
         """Create or upgrade the schema; every process that opens the store may call it, at any time.
@@ -57,10 +62,46 @@ class Database:
             yield connection
             connection.rollback()
 
+    @contextmanager
+    def _writing(self, *, durably: bool = False) -> Iterator[Connection]:
+        """A transaction that writes; it is kept if the block ends well.
+
+        Args:
+            durably: whether it must survive a power cut from the moment the block has ended.
+        """
+        with self._one_writer, (self._durable if durably else self._engine).begin() as connection:
+            yield connection
+
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
         self._durable.dispose()
+
+
+class FirstComeLock(AbstractContextManager[None]):
+    """A lock that is given to who has waited longest, where ``threading.Lock`` may give it to anybody."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[threading.Lock] = deque()
+        self._is_held = False
+        self._guard = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._is_held:
+                self._is_held = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()  # until the holder before hands it over
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_held = False
 
 
 def open_database(url: str, synchronous: str) -> Engine:

@@ -51,7 +51,7 @@ class Deliveries(Database):
         """Begin the next attempt; None: somebody else was faster, or it is not due."""
         due = and_(deliveries.c.id == delivery_id, deliveries.c.state == "waiting", deliveries.c.next_at <= now)
         begun = {"attempts": deliveries.c.attempts + 1, "next_at": now + lease_s}
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             if connection.execute(update(deliveries).where(due).values(begun)).rowcount == 0:
                 return None
             return _from_row(connection.execute(select(deliveries).where(deliveries.c.id == delivery_id)).one())
@@ -72,7 +72,7 @@ class Deliveries(Database):
         current = and_(
             deliveries.c.id == delivery_id, deliveries.c.attempts == attempt, deliveries.c.state == "waiting"
         )
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             return connection.execute(update(deliveries).where(current).values(values)).rowcount == 1
 
 

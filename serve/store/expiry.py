@@ -34,18 +34,18 @@ class Expiry(Database):
 
     def mark_swept(self, job_id: str) -> None:
         """Only what the job publishes is left of its files."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(is_swept=True, checkpoint_key=None))
 
     def forget(self, job_id: str) -> bool:
         """Remove the row of an ended job; its files are gone already."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             ended = and_(jobs.c.id == job_id, jobs.c.status.in_(FINAL))
             return connection.execute(delete(jobs).where(ended)).rowcount == 1
 
     def forget_deliveries(self, ended_before: float) -> int:
         """Remove deliveries that ended before this; returns how many."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             return connection.execute(delete(deliveries).where(deliveries.c.ended_at < ended_before)).rowcount
 
     def known(self, job_ids: Collection[str]) -> set[str]:
@@ -70,7 +70,7 @@ class Expiry(Database):
             actor: who does this, for the audit log.
         """
         now = self._clock()
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             lock_tenant(connection, name, now, revive=True)
             unfinished = and_(jobs.c.tenant == name, jobs.c.status.not_in(FINAL))
             ended = {"status": "cancelled", "cancel_requested": True, "completed_at": now, "owner": None}

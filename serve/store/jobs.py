@@ -89,7 +89,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             UnknownTenantError: the tenant was erased.
         """
         now = self._clock()
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             lock_tenant(connection, job.tenant, now)
             # Before the quota is looked at: a request that came twice is told of its job, not of a limit.
             _refuse_repeat(connection, job, repeats_since)
@@ -154,7 +154,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
     def delete(self, tenant: str, job_id: str) -> Job | None:
         """Forget a job; one in progress is thereby cancelled. Its artifacts are the caller's to delete."""
         job = self.get(tenant, job_id)
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             found = connection.execute(delete(jobs).where(_owned(tenant, job_id))).rowcount == 1
         return job if found else None
 
@@ -163,7 +163,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         cancel_now = and_(_owned(tenant, job_id), jobs.c.status == "queued")
         cancel_soon = and_(_owned(tenant, job_id), jobs.c.status == "in_progress")
         now = self._clock()
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             ended = {"status": "cancelled", "completed_at": now, "cancel_requested": True}
             if connection.execute(update(jobs).where(cancel_now).values(ended)).rowcount == 1:
                 owe_delivery(connection, job_id, now)

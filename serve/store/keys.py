@@ -44,7 +44,7 @@ class Keys(Database):
         check_name(tenant)
         key_id, secret = f"key_{secrets.token_hex(6)}", PREFIX + secrets.token_urlsafe(32)
         values = {"id": key_id, "tenant": tenant, "digest": _digest(secret), "label": label}
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             lock_tenant(connection, tenant, self._clock(), revive=True)
             connection.execute(insert(keys).values(created_at=self._clock(), **values))
             record(connection, self._clock(), actor, "key.create", tenant, {"key": key_id, "label": label})
@@ -65,7 +65,7 @@ class Keys(Database):
     def revoke_key(self, key_id: str, *, actor: str = "operator") -> bool:
         """End a key for good; False: there is none of this id that is still valid."""
         valid = (keys.c.id == key_id) & keys.c.revoked_at.is_(None)
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             if connection.execute(update(keys).where(valid).values(revoked_at=self._clock())).rowcount == 0:
                 return False
             tenant = connection.execute(select(keys.c.tenant).where(keys.c.id == key_id)).scalar_one()

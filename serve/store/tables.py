@@ -54,7 +54,7 @@ jobs = Table(
     Index("jobs_by_fingerprint", "tenant", "fingerprint"),
     Index("jobs_by_idempotency_key", "tenant", "idempotency_key", unique=True),
     Index("jobs_by_status", "status", "created_at"),
-    Index("jobs_by_queue", "status", "model", "tenant", "priority", "created_at"),
+    Index("jobs_by_queue", "status", "tenant", "model", "priority", "created_at"),
     Index("jobs_by_expiry", "expires_at"),
 )
 

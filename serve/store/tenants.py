@@ -84,7 +84,7 @@ class Tenants(Database):
         detail = {**changes, **({"webhook_secret": "replaced"} if replace_webhook_secret else {})}
         if replace_webhook_secret:
             changes["webhook_secret"] = new_webhook_secret()
-        with self._durable.begin() as connection:
+        with self._writing(durably=True) as connection:
             lock_tenant(connection, name, self._clock(), revive=True)
             if changes:
                 connection.execute(update(tenants).where(tenants.c.name == name).values(changes))

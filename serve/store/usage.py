@@ -67,14 +67,14 @@ class UsageLedger(Database):
 
     def activate(self, tenant: str, at_least: float) -> None:
         """Move a tenant that was idle up to a virtual time, if it is below."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             if _still_there(connection, tenant, self._clock()):
                 below = (tenants.c.name == tenant) & (tenants.c.virtual_time < at_least)
                 connection.execute(update(tenants).where(below).values(virtual_time=at_least))
 
     def charge(self, tenant: str, cost: float) -> None:
         """Put delivered gang-seconds on a tenant's account; a negative cost gives some back."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             if _still_there(connection, tenant, self._clock()):
                 virtual_time = tenants.c.virtual_time + cost / tenants.c.weight
                 connection.execute(update(tenants).where(tenants.c.name == tenant).values(virtual_time=virtual_time))
@@ -89,7 +89,7 @@ class UsageLedger(Database):
 
     def record_step_seconds(self, model: str, seconds: Mapping[StepShape, float]) -> None:
         """Keep what steps of these shapes were measured to take."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             # In one order everywhere, so that two writers cannot hold what the other waits for.
             for shape in sorted(seconds, key=lambda shape: (shape.num_tokens, shape.uses_guidance)):
                 new = upsert(connection, step_seconds).values(

@@ -1,8 +1,11 @@
 """What the end-to-end tests do over HTTP."""
 
+import logging
 import time
 
 import httpx
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a poll
 
 
 def create(client: httpx.Client, prompt="a cat", size="128x96", **pusa):

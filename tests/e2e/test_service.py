@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 logger = logging.getLogger(__name__)
 
 FLOOR_S = 4.0
+REPLACED_S = 50.0
+"""A gang takes some 5 s to start on an idle machine; tests may share theirs."""
 LONG = {"num_inference_steps": 50, "num_frames": 49}
 
 
@@ -144,7 +146,7 @@ def test_a_rank_that_dies_or_stops_costs_a_job_one_attempt(client, number, detec
     before = rank_pids()
     again = fault(client, create(client, **LONG), number, before[1], timeout_s=90)
     logger.info("%s: the job runs again after %.1f s", number.name, again)
-    assert again < detection_s + 30
+    assert again < detection_s + REPLACED_S
     assert not set(before) & set(rank_pids())
     assert_gone(before)
 
@@ -156,7 +158,7 @@ def test_a_rank_asleep_in_its_forward_is_found_and_replaced(client):
     video = completed(client, job_id, 90)
     logger.info("asleep: complete after %.1f s", time.monotonic() - began)
     assert video["pusa"]["attempt"] == 2
-    assert time.monotonic() - began < FLOOR_S + 6.0 + 40
+    assert time.monotonic() - began < FLOOR_S + 6.0 + REPLACED_S
     assert_gone(before)
 
 

@@ -203,6 +203,22 @@ def test_a_database_that_cannot_be_used_is_said_in_a_line(tmp_path: Path, capsys
     assert err.count("\n") == 1
 
 
+def test_a_mistyped_folder_is_not_taken_for_an_empty_service(command: Command, tmp_path: Path) -> None:
+    for arguments in (
+        ["keys", "list"], ["keys", "revoke", "k"], ["tenants", "list"], ["tenants", "erase", "red"], ["audit"],
+        ["backup", str(tmp_path / "backup")],
+    ):  # fmt: skip
+        code, _, err = command(*arguments, state="stat")
+        assert code == 2
+        assert "there is no database" in err
+        assert "--state" in err
+    assert list(tmp_path.iterdir()) == []
+    code, _, err = command("keys", "create", "red", state="first")
+    assert code == 0
+    assert "is a new database" in err
+    assert "is a new database" not in command("keys", "create", "red", state="first")[2]
+
+
 def test_the_service_is_what_runs_without_a_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

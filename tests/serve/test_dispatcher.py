@@ -41,7 +41,7 @@ class FakeStages:
         self.artifacts = artifacts
         self.faults = {}
         self.calls = []
-        self.encoding = None
+        self.encoding = self.drawing = None
 
     def fail(self, job_id, stage):
         errors = self.faults.get((job_id, stage))
@@ -61,6 +61,9 @@ class FakeStages:
 
     async def preview(self, job, step, latents):
         self.fail(job.id, "preview")
+        self.calls.append(("preview", step))
+        if self.drawing is not None:
+            await self.drawing.wait()
         key = f"jobs/{job.id}/attempts/{job.attempt}/preview-{step}.webp"
         self.artifacts.put(key, b"webp")
         return key
@@ -812,3 +815,17 @@ def test_previews_are_published_one_after_the_other_and_a_lost_one_costs_nothing
         ["attempts/1/preview-4.webp"],
         ["attempts/1/preview-6.webp"],
     )
+
+
+def test_a_busy_vae_is_given_one_preview_of_a_job_at_a_time(world):
+    add_long(world, "j", preview_every=1)
+
+    async def scenario():
+        world.stages.drawing = asyncio.Event()
+        async with world.dispatcher():
+            await world.ended("j")
+            world.stages.drawing.set()
+
+    run(scenario)
+    assert world.job("j").status == "completed"
+    assert [call for call in world.stages.calls if call[0] == "preview"] == [("preview", 1)]

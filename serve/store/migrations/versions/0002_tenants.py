@@ -30,7 +30,7 @@ def _add_to_jobs() -> None:
         sa.Column("is_swept", sa.Boolean, nullable=False, server_default=sa.false()),
     ):
         op.add_column("jobs", column)
-    op.create_index("jobs_by_queue", "jobs", ["status", "model", "tenant", "priority", "created_at"])
+    op.create_index("jobs_by_queue", "jobs", ["status", "tenant", "model", "priority", "created_at"])
     op.create_index("jobs_by_expiry", "jobs", ["expires_at"])
 
 

@@ -1,0 +1,104 @@
+"""Fair shares, measured: prints a table, and ends with 1 if a figure is missed.
+
+The scenarios run under virtual time, where the scheduling policy of the service decides over gangs that
+compute nothing: first one gang as it is usually tested, then a thousand.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cluster.outcome import Observation, delivered, jain, longest_wait_steps, slowdown
+from cluster.virtual_run import observe
+from cluster.workload import FOUR_EQUAL, HEAD_OF_LINE, TWO_TO_ONE, Scenario, crowd
+
+MAX_SLOWDOWN = 2.2
+MAX_WAIT_STEPS = 1.0
+MAX_SHARE_ERROR = 0.1
+MIN_JAIN = 0.97
+MAX_WALL_S = 60.0
+
+Observe = Callable[[Scenario], Observation]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the table."""
+
+    scenario: str
+    what: str
+    value: float
+    must_be: str
+    is_met: bool
+
+
+def figures(run: Observe) -> Iterator[Figure]:
+    """The figures of the three scenarios of one gang, however they are run."""
+    yield from _head_of_line(HEAD_OF_LINE.name, run(HEAD_OF_LINE), ["B"], ["A"])
+    got = delivered(run(TWO_TO_ONE), "AB")
+    yield _share(TWO_TO_ONE.name, got["A"] / got["B"])
+    yield _jain(FOUR_EQUAL.name, list(delivered(run(FOUR_EQUAL), "ABCD").values()))
+
+
+def crowd_figures(run: Observe, scenario: Scenario) -> Iterator[Figure]:
+    """The same figures of a crowd."""
+    rare, heavy, equal = (
+        [name for name in scenario.weights if name.startswith(kind)] for kind in ("rare", "heavy", "equal")
+    )
+    seen = run(scenario)
+    yield from _head_of_line(scenario.name, seen, rare, [*heavy, *equal])
+    got = delivered(seen, [*heavy, *equal])
+    by_weight = [got[name] for name in heavy], [got[name] for name in equal]
+    mean = [sum(group) / len(group) for group in by_weight]
+    yield _share(scenario.name, mean[0] / mean[1])
+    yield _jain(scenario.name, by_weight[1])
+
+
+def table(lines: Sequence[Figure]) -> str:
+    """Markdown."""
+    head = "| scenario | figure | value | must be | verdict |\n|---|---|---|---|---|\n"
+    rows = (
+        f"| {one.scenario} | {one.what} | {one.value:.3f} | {one.must_be} | {'ok' if one.is_met else 'MISSED'} |\n"
+        for one in lines
+    )
+    return head + "".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="fairness", description=__doc__.splitlines()[0])
+    parser.add_argument("--gangs", type=int, default=1000, help="of the crowd")
+    parser.add_argument("--tenants", type=int, default=200, help="of the crowd")
+    arguments = parser.parse_args(argv)
+    began = time.perf_counter()
+    lines = list(figures(observe))
+    lines += crowd_figures(observe, crowd(arguments.gangs, arguments.tenants))
+    wall_s = time.perf_counter() - began
+    lines.append(Figure("all of these", "seconds of wall time", wall_s, f"<= {MAX_WALL_S:g}", wall_s <= MAX_WALL_S))
+    sys.stdout.write(table(lines))
+    return 0 if all(one.is_met for one in lines) else 1
+
+
+def _head_of_line(scenario: str, seen: Observation, tenants: Sequence[str], others: Sequence[str]) -> Iterator[Figure]:
+    latency = slowdown(seen, tenants)
+    yield Figure(scenario, "median latency by idle", latency, f"<= {MAX_SLOWDOWN:g}", latency <= MAX_SLOWDOWN)
+    wait = longest_wait_steps(seen, tenants, others)
+    yield Figure(
+        scenario, "longest wait for the first step, in steps", wait, f"<= {MAX_WAIT_STEPS:g}", wait <= MAX_WAIT_STEPS
+    )
+
+
+def _share(scenario: str, ratio: float) -> Figure:
+    must_be = f"2 within {MAX_SHARE_ERROR:.0%}"
+    return Figure(scenario, "delivered cost 2:1", ratio, must_be, abs(ratio / 2 - 1) <= MAX_SHARE_ERROR)
+
+
+def _jain(scenario: str, got: Sequence[float]) -> Figure:
+    index = jain(got)
+    return Figure(scenario, "Jain index of equal tenants", index, f">= {MIN_JAIN:g}", index >= MIN_JAIN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
