@@ -133,9 +133,9 @@ def test_an_idle_gang_whose_rank_is_killed_or_stopped_is_replaced_before_a_job_c
 def test_a_job_on_two_gangs_that_die_is_failed(client):
     job_id = create(client, **REQUEST)
     for attempt in (1, 2):
-        where = attempt, 8
-        until(client, job_id, lambda video, to=where: (video["pusa"]["attempt"], video["pusa"]["step"]) >= to, 120)
-        time.sleep(0.5)
+        # Past what it begins with: an attempt begins at the checkpoint, before a gang holds it.
+        begun = until(client, job_id, lambda video, to=attempt: video["pusa"]["attempt"] == to, 120)
+        until(client, job_id, lambda video, at=begun["pusa"]["step"]: video["pusa"]["step"] > at, 120)
         os.kill(replica_processes()["Rank"][0], signal.SIGKILL)
     video = until(client, job_id, lambda video: video["status"] == "failed", 60)
     assert video["error"]["code"] == "gang_died_twice"

@@ -36,6 +36,7 @@ pytestmark = [
 
 ROLES = ("gateway", "dispatcher", "text_encoder", "vae", "denoiser")
 DEPLOYMENTS = dict(zip(("Gateway", "Dispatcher", "TextEncoder", "Vae", "Denoiser"), ROLES, strict=True))
+PLACES = {**DEPLOYMENTS, "Coordinator": "denoiser", "Rank": "denoiser"}
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +138,10 @@ def test_a_job_crosses_five_nodes_and_only_two_roles_open_the_database(client, s
         assert len(list(file.decode(video=0))) == 17
 
     processes = replica_processes()
-    assert set(processes) == {*DEPLOYMENTS, "Rank"}
+    assert set(processes) == set(PLACES)
     assert len(processes["Rank"]) == 2
     places = {name: {environment(pid)["TMPDIR"] for pid in pids} for name, pids in processes.items()}
-    expected = {name: {str(several_nodes / role)} for name, role in {**DEPLOYMENTS, "Rank": "denoiser"}.items()}
+    expected = {name: {str(several_nodes / role)} for name, role in PLACES.items()}
     assert places == expected
     with_database = {name for name, pids in processes.items() if any(has_opened_postgres(pid) for pid in pids)}
     assert with_database == {"Gateway", "Dispatcher"}

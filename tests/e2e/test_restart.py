@@ -94,7 +94,7 @@ def test_a_restart_loses_nothing_and_leaves_no_process(tmp_path, monkeypatch):
     ("arguments", "says"),
     [
         (["--model", "nonsense"], "model 'nonsense' is unknown; use one of debug"),
-        (["--host", "0.0.0.0"], "http host 0.0.0.0 is reachable from the network, but no keys are configured"),
+        (["--host", "0.0.0.0"], "http host 0.0.0.0 is reachable from the network, but no keys are asked for"),
         (["--state", "list.yaml"], "state_dir=list.yaml cannot be made"),
         (["--config", "no-such-file.yaml"], "configuration no-such-file.yaml cannot be read"),
         (["--config", "misspelt.yaml"], "denoiser.ulyses_degree: Extra inputs are not permitted"),
