@@ -37,8 +37,8 @@ MAX_ATTEMPTS = 10
 """A job whose processes were lost this many times, for whatever reason, is failed."""
 _MAX_PER_TENANT = 32
 """Jobs of a tenant and class that are looked at when some are claimed."""
-_DB_SHARE = 0.1
-"""The queue is looked at again after that much longer than the look took: never more than a tenth of the time."""
+_DB_SHARE = 0.2
+"""Of the time is spent on looking at the queue, at most: a long look is followed by a longer pause."""
 _DB_THREADS = 4
 
 
@@ -51,6 +51,8 @@ class Metrics(Protocol):
     def depth(self, counts: Any) -> None: ...  # noqa: D102
     def gangs(self, num_gangs: int, num_free: int) -> None: ...  # noqa: D102
     def checkpointed(self) -> None: ...  # noqa: D102
+    def released(self) -> None: ...  # noqa: D102
+    def repeated(self) -> None: ...  # noqa: D102
 
 
 class Dispatcher:
@@ -102,7 +104,7 @@ class Dispatcher:
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._ledger = Ledger(store, model, clock)
-        self._gangs = Gangs(self._owner, self._ledger, self._publish, self._show, clock)
+        self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, self._show, clock)
         self._attempts: dict[str, Attempt] = {}
         self._num_queued = 0
         self._max_running: dict[str, int | None] = {}
@@ -197,7 +199,7 @@ class Dispatcher:
         await self._ledger.flush(self._db)
         tenants = await self._db(self._store.tenants)
         self._max_running = {one.name: one.quota.max_running for one in tenants}
-        counts = await self._db(self._store.counts)
+        counts = await self._db(self._store.unfinished)
         self._num_queued = counts.get("queued", 0)
         self._metrics.depth(counts)
         self._metrics.gangs(self._gangs.num_gangs, self._gangs.num_free)
