@@ -57,15 +57,15 @@ class Gateway:
         self._store.create_tables()
         self.tenants = Tenants(self._store.tenant_of_key if config.require_keys else None)
         self._forecast = Forecast(self._store, self.model.name, clock)
-        self._media = IncomingMedia(config.uploads)
-        self._intake = Intake(config, self.model, self._store, self.artifacts, self._forecast, self._media, clock)
+        self.media = IncomingMedia(config.uploads)
+        self._intake = Intake(config, self.model, self._store, self.artifacts, self._forecast, self.media, clock)
         self._watch: Watch[JobProgress] = Watch(
             self._store.progress_of, EVENT_POLL_S, MAX_STREAMS, config.max_event_streams
         )
 
     def close(self) -> None:
         """Close the database and end the decoders."""
-        self._media.close()
+        self.media.close()
         self._store.close()
 
     def create(self, tenant: str, body: IncomingBody, origin: Origin) -> Job:
