@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from serve.config import ServeConfig
+from serve.config import MAX_STREAMS, ServeConfig
 from serve.http.errors import ServeError
 from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
@@ -33,8 +33,6 @@ Readiness = Callable[[], Awaitable[Mapping[str, bool]]]
 """Whether each deployment is ready, by its name."""
 
 EVENT_POLL_S = 0.25
-MAX_STREAMS = 2000
-"""Event streams of one gateway."""
 
 
 class Gateway:
