@@ -5,9 +5,10 @@ a change of strength) takes it by the clock of an ``EventLoop``. Text encoder an
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import nlargest, nsmallest
 from itertools import islice
 from math import inf
 
@@ -132,6 +133,10 @@ class _Gang:
     """Jobs whose step is under way."""
     lora: Hashable = None
     is_draining: bool = False
+    progress: float = -inf
+    """Virtual time of the running job."""
+    left: float = 0.0
+    """Gang-seconds left of it."""
 
 
 class VirtualCluster:
@@ -186,9 +191,12 @@ class VirtualCluster:
         self._clock = 0.0
         self._furthest = 0.0
         """No running job has come further than this."""
-        self._open: dict[str, None] = dict.fromkeys(self._gangs)
-        """Gangs with a place free."""
-        self._changed: set[str] = set()
+        self._idle: dict[str, None] = dict.fromkeys(self._gangs)
+        """Gangs without a job."""
+        self._open: dict[str, None] = {}
+        """Other gangs with a place free."""
+        self._changed: dict[str, None] = {}
+        """Gangs whose jobs are others since placement last looked."""
         self._fresh: set[str] = set()
         """Jobs that became ready since placement last looked."""
         self._is_polling = self._is_placing = self._may_claim = False
@@ -207,8 +215,7 @@ class VirtualCluster:
     def drain(self, gang: str) -> None:
         """A gang, named ``"0"`` and so on, is told to go: its jobs go on elsewhere."""
         self._gangs[gang].is_draining = True
-        self._open.pop(gang, None)
-        self._changed.add(gang)
+        self._look(self._gangs[gang])
         self._place_soon()
 
     @property
@@ -342,15 +349,23 @@ class VirtualCluster:
             switch_s=self._times.switch_s,
         )
 
-    def _to_look_at(self) -> tuple[Collection[_Gang], int | None]:
-        """Gangs that an order could be about, and jobs that could get one: with a thousand gangs that matters."""
-        everything = self._gangs.values()
-        if len(everything) <= _FEW_GANGS:
-            return everything, None
-        most = len(self._open) + len(self._fresh)
-        if len(self._ready) < len(self._open) or any(self._may_interrupt(self._ready[name]) for name in self._fresh):
-            return everything, most
-        return [self._gangs[name] for name in {**self._open, **dict.fromkeys(self._changed)}], most
+    def _to_look_at(self) -> tuple[Iterable[_Gang], int | None]:
+        """Gangs that an order could be about, and how many jobs could get one: with a thousand gangs that matters."""
+        gangs = self._gangs.values()
+        if len(gangs) <= _FEW_GANGS:
+            return gangs, None
+        num_ready = len(self._ready)
+        if num_ready < len(self._idle) and any(len(gang.jobs) > 1 for gang in gangs):
+            return gangs, None  # some may be taken over
+        names = {**self._changed, **dict.fromkeys(islice(self._idle, num_ready))}
+        if num_ready > len(self._idle):
+            open_gangs = (self._gangs[name] for name in self._open)
+            names |= {gang.name: None for gang in nsmallest(num_ready, open_gangs, key=lambda gang: gang.left)}
+        num_interrupting = sum(self._may_interrupt(self._ready[name]) for name in self._fresh)
+        if num_interrupting:
+            furthest = nlargest(2 * num_interrupting + 8, gangs, key=lambda gang: gang.progress)
+            names |= {gang.name: None for gang in furthest}
+        return [self._gangs[name] for name in names], len(names) + len(self._fresh)
 
     def _may_interrupt(self, job: _Job) -> bool:
         tenant, weight = job.ask.tenant, job.weight
@@ -411,11 +426,13 @@ class VirtualCluster:
         self._look(gang)
 
     def _look(self, gang: _Gang) -> None:
-        self._changed.add(gang.name)
+        self._changed[gang.name] = None
+        self._idle.pop(gang.name, None)
+        self._open.pop(gang.name, None)
+        if not gang.jobs:
+            gang.progress, gang.left = -inf, 0.0
         if len(gang.jobs) <= self._max_resident and not gang.is_draining:
-            self._open[gang.name] = None
-        else:
-            self._open.pop(gang.name, None)
+            (self._open if gang.jobs else self._idle)[gang.name] = None
 
     def _go(self, gang: _Gang) -> None:
         if gang.stepping:
@@ -438,6 +455,10 @@ class VirtualCluster:
             self._place_soon()
         gang.running = first
         stepping = [gang.jobs[name] for name in gang.stepping]
+        resident = stepping[0].resident
+        assert resident is not None
+        gang.progress, gang.left = resident.virtual_time, resident.cost
+        self._furthest = max(self._furthest, gang.progress)
         seconds = max(job.ask.step_s * job.ask.slowness for job in stepping) * len(stepping)
         if stepping[0].ask.lora != gang.lora:
             gang.lora = stepping[0].ask.lora
@@ -465,7 +486,6 @@ class VirtualCluster:
         job.step += 1
         job.record.steps_run += 1
         job.resident = Resident(job_id=ask.id, claim=resident.claim, step=job.step, signature=resident.signature)
-        self._furthest = max(self._furthest, job.resident.virtual_time)
         self._on_gangs[ask.tenant, resident.claim.is_urgent] -= ask.step_s
         before = self._standings[ask.tenant]
         self._standings[ask.tenant] = Standing(

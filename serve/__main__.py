@@ -1,7 +1,6 @@
 """``python -m serve``: the service; or, with a command, something done to its store, running or not."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service or a command; returns the exit code: 2 for a configuration that cannot work."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser(given).parse_args(given)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)

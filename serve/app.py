@@ -16,11 +16,12 @@ from ray.serve.handle import DeploymentHandle
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
-from serve.config import DenoiserConfig, RoleConfig, ServeConfig, require_shared_stores
+from serve.config import MAX_STREAMS, DenoiserConfig, RoleConfig, ServeConfig, require_shared_stores
 from serve.dispatcher import Dispatcher
 from serve.gang import MakeWorker
 from serve.gang_replica import DenoiserReplica
 from serve.metrics import JobMetrics
+from serve.moderation import Moderation
 from serve.scaling import num_wanted
 from serve.serve_stages import ActorGang, ServeStages
 from serve.store.artifacts import ArtifactStore
@@ -28,6 +29,7 @@ from serve.store.jobs import JobStore
 from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
 from serve.vae import MAX_CALLS, NUM_THREADS, Vae
+from serve.webhooks import Webhooks, keep_delivering
 
 if TYPE_CHECKING:
     from pusa_dist.worker import Worker
@@ -75,11 +77,13 @@ class DispatcherReplica:
             model=model,
             precision=precision,
             job_deadline_s=config.job_deadline_s,
+            moderation=Moderation.load(config.moderation),
             max_decoding=4 * NUM_THREADS * num_vaes,
             handover_s=config.denoiser.handover_timeout_s,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
         self._sweeping = asyncio.get_running_loop().create_task(keep_sweeping(self._store, artifacts))
+        self._delivering = asyncio.get_running_loop().create_task(keep_delivering(Webhooks(self._store)))
 
     async def register(self, name: str, coordinator: Any, max_resident: int) -> int:
         """A gang is there; returns how many there should be. See ``serve.gang_replica``."""
@@ -94,6 +98,7 @@ class DispatcherReplica:
     async def __del__(self) -> None:
         """Drain: Ray Serve awaits this before it ends the replica."""
         self._sweeping.cancel()
+        self._delivering.cancel()
         await self._dispatcher.close()
         await self._running
         self._store.close()
@@ -145,7 +150,9 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
         graceful_shutdown_timeout_s=handover_s,
     ).bind(config, model.name, model.precision_on(config.denoiser.device), text_encoder, vae)
     ingress: Any = ray_serve.ingress()(GatewayReplica)
-    return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=200).bind(config, dispatcher, denoiser)
+    return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=MAX_STREAMS + 200).bind(
+        config, dispatcher, denoiser
+    )
 
 
 def check_cluster(config: ServeConfig) -> None:

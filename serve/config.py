@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pusa_dist.config import ModelConfig, ParallelConfig, load_model_config
 from pusa_dist.errors import ConfigError
 
+MAX_STREAMS = 800
+"""Event streams of a gateway, of all tenants; each is a request that goes on until its job ends."""
+
 
 class Settings(BaseModel):
     """Base of every part: frozen, and closed against misspelt keys."""

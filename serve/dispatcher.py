@@ -17,6 +17,7 @@ from pusa_dist.errors import CheckpointError, GangError, NumericsError, PusaErro
 from serve.attempt import Attempt, run_stages
 from serve.gangs import Gangs
 from serve.ledger import Ledger
+from serve.moderation import NO_MODERATION, Moderation, ModerationUnavailableError
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import is_urgent
@@ -37,8 +38,8 @@ MAX_ATTEMPTS = 10
 """A job whose processes were lost this many times, for whatever reason, is failed."""
 _MAX_PER_TENANT = 32
 """Jobs of a tenant and class that are looked at when some are claimed."""
-_DB_SHARE = 0.1
-"""The queue is looked at again after that much longer than the look took: never more than a tenth of the time."""
+_DB_SHARE = 0.2
+"""Of the time is spent on looking at the queue, at most: a long look is followed by a longer pause."""
 _DB_THREADS = 4
 
 
@@ -51,6 +52,8 @@ class Metrics(Protocol):
     def depth(self, counts: Any) -> None: ...  # noqa: D102
     def gangs(self, num_gangs: int, num_free: int) -> None: ...  # noqa: D102
     def checkpointed(self) -> None: ...  # noqa: D102
+    def released(self) -> None: ...  # noqa: D102
+    def repeated(self) -> None: ...  # noqa: D102
 
 
 class Dispatcher:
@@ -64,6 +67,7 @@ class Dispatcher:
         model: name of the model that the gangs hold.
         precision: what they compute in, recorded with every job.
         job_deadline_s: a job not finished this long after it was created is failed.
+        moderation: asked before a preview or a result is published.
         max_decoding: no job is taken while this many wait for the VAE.
         lease_s: another dispatcher takes over this long after this one has died.
         replacement_s: how long a job waits after a process of it was lost, so that Ray Serve has noticed
@@ -82,6 +86,7 @@ class Dispatcher:
         model: str,
         precision: str,
         job_deadline_s: float,
+        moderation: Moderation = NO_MODERATION,
         max_decoding: int = 8,
         lease_s: float = LEASE_S,
         replacement_s: float = REPLACEMENT_S,
@@ -95,6 +100,7 @@ class Dispatcher:
         self._model = model
         self._precision = precision
         self._job_deadline_s = job_deadline_s
+        self._moderation = moderation
         self._max_decoding = max_decoding
         self._lease_s = lease_s
         self._replacement_s = replacement_s
@@ -102,7 +108,7 @@ class Dispatcher:
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._ledger = Ledger(store, model, clock)
-        self._gangs = Gangs(self._owner, self._ledger, self._publish, self._show, clock)
+        self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, self._show, clock)
         self._attempts: dict[str, Attempt] = {}
         self._num_queued = 0
         self._max_running: dict[str, int | None] = {}
@@ -197,7 +203,7 @@ class Dispatcher:
         await self._ledger.flush(self._db)
         tenants = await self._db(self._store.tenants)
         self._max_running = {one.name: one.quota.max_running for one in tenants}
-        counts = await self._db(self._store.counts)
+        counts = await self._db(self._store.unfinished)
         self._num_queued = counts.get("queued", 0)
         self._metrics.depth(counts)
         self._metrics.gangs(self._gangs.num_gangs, self._gangs.num_free)
@@ -304,6 +310,7 @@ class Dispatcher:
             async with deadline:
                 try:
                     results = await self._run_stages(attempt)
+                    await self._moderate(job, {variant: file.key for variant, file in results.items()})
                 finally:
                     attempt.is_over = True
         except asyncio.CancelledError:
@@ -334,6 +341,9 @@ class Dispatcher:
         attempt.start_afresh()
         return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
 
+    async def _moderate(self, job: Job, keys: dict[str, str]) -> None:
+        await asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
+
     async def _publish(self, attempt: Attempt, checkpoint: Checkpoint) -> bool:
         """See ``serve.gangs.Publish``."""
         job, former = attempt.job, attempt.checkpoint
@@ -360,6 +370,7 @@ class Dispatcher:
         job = attempt.job
         try:
             key = await self._stages.preview(job, preview.step, preview.latents)
+            await self._moderate(job, {"preview": key})
             published = await self._db(self._store.preview, job.id, job.attempt, preview.step, key)
             unneeded, attempt.preview_key = (attempt.preview_key, key) if published else (key, attempt.preview_key)
             if unneeded is not None:
@@ -395,6 +406,8 @@ class Dispatcher:
             return await self._failed(job, "numerics_error", str(error))
         if isinstance(error, RequestError):
             return await self._failed(job, error.code, error.message)
+        if isinstance(error, ModerationUnavailableError):
+            return await self._failed(job, "moderation_unavailable", str(error))
         if await self._db(self._store.cancel_requests, [job.id]):
             # Deleted while a stage read its inputs, or wrote its files: whatever that led to is no failure.
             attempt.stop = "cancelled"

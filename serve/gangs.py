@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from pusa_dist.errors import PusaError
 from serve.attempt import Attempt
@@ -47,6 +48,14 @@ MAX_MISSED = 2
 """A gang that has missed so many renewals in a row is given up."""
 ARRANGE_S = 0.5
 """Places are looked at again after this long even if nothing seems to have changed: standings have."""
+
+
+class Metrics(Protocol):
+    """Where moves are counted; see ``serve.metrics.JobMetrics``."""
+
+    def released(self) -> None: ...  # noqa: D102
+    def repeated(self) -> None: ...  # noqa: D102
+
 
 Publish = Callable[[Attempt, Checkpoint], Awaitable[bool]]
 """Makes a checkpoint the one that the next attempt begins at; False: the attempt is stale."""
@@ -100,16 +109,24 @@ class Gangs:
     Args:
         owner: name of this dispatcher.
         ledger: what orders the jobs, and is told of every step.
+        metrics: told of jobs that leave gangs, and of steps that are made again.
         publish: see ``Publish``.
         show: see ``Show``.
         clock: Unix seconds.
     """
 
     def __init__(
-        self, owner: str, ledger: Ledger, publish: Publish, show: Show, clock: Callable[[], float] = time.time
+        self,
+        owner: str,
+        ledger: Ledger,
+        metrics: Metrics,
+        publish: Publish,
+        show: Show,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._owner = owner
         self._ledger = ledger
+        self._metrics = metrics
         self._publish = publish
         self._show = show
         self._clock = clock
@@ -265,6 +282,7 @@ class Gangs:
                         if message.checkpoint is not None:
                             await self._published(seat, gang, message.checkpoint)
                             seat.source, seat.step = message.checkpoint, message.checkpoint.step
+                        self._metrics.released()
                         return message
                     else:
                         return message
@@ -289,6 +307,8 @@ class Gangs:
         alone = self._ledger.shape(seat.job)
         shape = replace(alone, num_tokens=message.num_tokens)
         is_new = message.step > attempt.paid_steps
+        if not is_new:
+            self._metrics.repeated()
         attempt.paid_steps = max(attempt.paid_steps, message.step)
         self._ledger.delivered(seat.job.tenant, shape, message.seconds, message.num_sharing, is_new=is_new)
 

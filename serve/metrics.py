@@ -36,6 +36,16 @@ class JobMetrics:
         self._gangs = Gauge("video_gangs", description="Gangs that take jobs.")
         self._places = Gauge("video_gang_places_free", description="Jobs that the gangs could hold beside theirs.")
         self._checkpoints = Counter("video_checkpoints", description="Checkpoints published.")
+        self._released = Counter("video_jobs_released", description="Times that a gang let a job go on elsewhere.")
+        self._repeated = Counter("video_steps_repeated", description="Steps made again after a fault.")
+
+    def released(self) -> None:
+        """A job left its gang between two steps, to go on later or elsewhere."""
+        self._released.inc(1)
+
+    def repeated(self) -> None:
+        """A step was made again."""
+        self._repeated.inc(1)
 
     def gangs(self, num_gangs: int, num_free: int) -> None:
         """What gangs there are right now."""

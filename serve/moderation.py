@@ -33,15 +33,15 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A result that nobody has seen yet."""
+    """A result, or a preview of one, that nobody has seen yet."""
 
     tenant: str
     job_id: str
     request: GenerationRequest
     variants: frozenset[str]
-    """What ``read`` can be asked for: video, thumbnail, spritesheet, frames."""
+    """What there is: ``preview`` while the job runs; then video, thumbnail, spritesheet, frames."""
     read: Callable[[str], bytes]
-    """The bytes of a content variant; only what is asked for is fetched."""
+    """The bytes of one of ``variants``; only what is asked for is fetched."""
 
 
 Hook = Callable[[Submission | Finished], str | None]
@@ -118,3 +118,6 @@ class Moderation:
             raise ModerationUnavailableError(f"{what} could not be moderated; try again later") from None
         if reason is not None:
             raise RequestError(f"{what} was refused: {reason}", "prompt" if what == "the request" else None, REFUSED)
+
+
+NO_MODERATION = Moderation(None)

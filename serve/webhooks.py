@@ -26,6 +26,8 @@ from serve.store.jobs import JobStore
 
 logger = logging.getLogger(__name__)
 
+PERIOD_S = 1.0
+"""Between two looks at what is due."""
 TIMEOUT_S = 15.0
 """For one try, from the look-up of the name to the answer."""
 LEASE_S = 4 * TIMEOUT_S
@@ -121,6 +123,19 @@ class Webhooks:
             self._store.give_up(delivery.id, delivery.attempts, failure)
         else:
             self._store.postpone(delivery.id, delivery.attempts, now + wait, failure)
+
+
+async def keep_delivering(webhooks: Webhooks, period_s: float = PERIOD_S) -> None:
+    """Deliver what is due again and again until cancelled, whatever fails."""
+    try:
+        while True:
+            try:
+                await webhooks.run_once(time.time())
+            except Exception as error:  # noqa: BLE001 - the outermost loop: the database may be back the next time
+                logger.error("webhooks that are due could not be looked up: %s", type(error).__name__)
+            await asyncio.sleep(period_s)
+    finally:
+        await webhooks.close()
 
 
 def message(delivery: Delivery) -> bytes:

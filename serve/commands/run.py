@@ -16,6 +16,7 @@ from typing import Any
 from pusa_dist.errors import ConfigError
 from serve.commands.options import read_config
 from serve.config import ServeConfig
+from serve.store.jobs import JobStore
 
 APP_NAME = "pusa"
 _MIN_CPUS = 2
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def _serve(config: ServeConfig, host: str, port: int) -> int:
     stop = threading.Event()
     _make_folder(config.state_dir)
+    _migrate(config.resolved_database_url)
     _check_port(host, port)
     started = time.perf_counter()
     _set_environment()
@@ -95,6 +97,13 @@ def _make_folder(state_dir: str) -> None:
         Path(state_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"state_dir={state_dir} cannot be made: {error}; choose another with --state") from error
+
+
+def _migrate(database_url: str) -> None:
+    """Find out before Ray starts whether there is a database that this version can use."""
+    store = JobStore(database_url)
+    store.create_tables()
+    store.close()
 
 
 def _check_port(host: str, port: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from serve.commands.options import actor, add_store_arguments, open_artifacts, open_store, table
 from serve.policy.quota import Quota
 from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
+from serve.store.expiry import NOBODY
 from serve.store.jobs import JobStore
 from serve.store.tenants import Tenant
 
@@ -90,7 +91,7 @@ def _erase(options: argparse.Namespace) -> int:
     store, artifacts = open_store(options), open_artifacts(options)
     try:
         store.erase_tenant(options.tenant, actor=actor())
-        num_jobs = erase_files(store, artifacts, options.tenant)
+        num_jobs = remove_erased(store, artifacts)
     except StorageError as error:
         print(
             f"serve: tenant {options.tenant} is erased but for files that cannot be removed now ({error}); "
@@ -104,14 +105,14 @@ def _erase(options: argparse.Namespace) -> int:
     return 0
 
 
-def erase_files(store: JobStore, artifacts: ArtifactStore, tenant: str) -> int:
-    """Remove an erased tenant's jobs, the files of each before its row; returns how many.
+def remove_erased(store: JobStore, artifacts: ArtifactStore) -> int:
+    """Remove the jobs of erased tenants, the files of each before its row; returns how many.
 
     Raises:
         StorageError: files cannot be removed; call it again.
     """
     num_jobs = 0
-    while jobs := store.page(tenant, None, _PAGE, "asc")[0]:
+    while jobs := store.page(NOBODY, None, _PAGE, "asc")[0]:
         for job in jobs:
             artifacts.delete(job_prefix(job.id))
             store.forget(job.id)

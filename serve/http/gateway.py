@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from serve.config import ServeConfig
+from serve.config import MAX_STREAMS, ServeConfig
 from serve.http.errors import ServeError
 from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
@@ -33,8 +33,6 @@ Readiness = Callable[[], Awaitable[Mapping[str, bool]]]
 """Whether each deployment is ready, by its name."""
 
 EVENT_POLL_S = 0.25
-MAX_STREAMS = 2000
-"""Event streams of one gateway."""
 
 
 class Gateway:
@@ -57,15 +55,15 @@ class Gateway:
         self._store.create_tables()
         self.tenants = Tenants(self._store.tenant_of_key if config.require_keys else None)
         self._forecast = Forecast(self._store, self.model.name, clock)
-        self._media = IncomingMedia(config.uploads)
-        self._intake = Intake(config, self.model, self._store, self.artifacts, self._forecast, self._media, clock)
+        self.media = IncomingMedia(config.uploads)
+        self._intake = Intake(config, self.model, self._store, self.artifacts, self._forecast, self.media, clock)
         self._watch: Watch[JobProgress] = Watch(
             self._store.progress_of, EVENT_POLL_S, MAX_STREAMS, config.max_event_streams
         )
 
     def close(self) -> None:
         """Close the database and end the decoders."""
-        self._media.close()
+        self.media.close()
         self._store.close()
 
     def create(self, tenant: str, body: IncomingBody, origin: Origin) -> Job:

@@ -87,7 +87,7 @@ class Intake:
             return earlier
         self._check_room(tenant)
         order = self._parse(body)
-        uploads = self._media.fetched([_upload_only(one) for one in body.media], tenant)
+        uploads = self._media.fetched([_upload_only(one) for one in body.media])
         media = [self._media.probe(upload, tenant) for upload in uploads]
         return self._accept(tenant, _params(order), order.pusa, uploads, media, origin)
 
@@ -114,7 +114,7 @@ class Intake:
             upload = self._finished_video(made, source.param)
             params = _in_the_format_of(made.request, params)
         else:
-            (upload,) = self._media.fetched([source], tenant)
+            (upload,) = self._media.fetched([source])
         media = self._media.probe(upload, tenant)
         params = extend_clip(params, media, self._model)
         return self._accept(tenant, params, order.pusa, [upload], [media], origin)

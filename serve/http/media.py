@@ -1,14 +1,14 @@
 """Media of a body made ready for use: fetched where they came as URLs, and looked into by a decoder.
 
-Everything here may take seconds and none of it may cost the gateway more than a waiting thread: what is
-fetched and what is decoded at the same time is bounded, for everybody and for each tenant.
+Both may take seconds of a gateway's thread, so a request with media waits for a place first, on the event
+loop, where waiting costs nothing: threads for everything else are always left, and every tenant has only
+so many of the places.
 """
 
 import asyncio
-import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
 
 from pusa_dist.errors import RequestError
 from pusa_dist.media.child import DecoderLostError
@@ -19,12 +19,31 @@ from serve.http.errors import ServeError
 from serve.http.fetch import FetchError, PublicClient
 from serve.http.uploads import MediaUrl, Upload
 
-MAX_FETCHING, MAX_FETCHING_PER_TENANT = 8, 4
-"""Requests whose media are being fetched; each holds a thread of the gateway."""
+PLACES, PLACES_PER_TENANT = 24, 8
+"""Of the 40 threads on which a gateway answers."""
+
+
+class Room:
+    """Places for requests with media."""
+
+    def __init__(self, places: int = PLACES, per_tenant: int = PLACES_PER_TENANT) -> None:
+        self._places = asyncio.Semaphore(places)
+        self._per_tenant = per_tenant
+        self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def taken(self, tenant: str) -> AsyncIterator[None]:
+        """Wait for a place, in order of arrival, and have it inside."""
+        own = self._tenants.setdefault(tenant, asyncio.Semaphore(self._per_tenant))
+        async with own, self._places:
+            yield
 
 
 class IncomingMedia:
     """What a gateway does with media before it keeps them; every method blocks.
+
+    Attributes:
+        room: where a request with media waits until it may come in.
 
     Args:
         limits: of uploads.
@@ -39,8 +58,7 @@ class IncomingMedia:
         if client is None and limits.media_by_url:
             client = PublicClient(timeout_s=limits.media_by_url_timeout_s)
         self._client = client
-        self._fetching: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self.room = Room()
         self._decoders = decoders or Decoders(
             limits.decoders,
             DecodeLimits(
@@ -50,6 +68,7 @@ class IncomingMedia:
                 memory_bytes=limits.decode_memory_mib * 2**20,
             ),
             max_per_owner=max(1, limits.decoders - 1),
+            max_waiting=PLACES,
         )
 
     def close(self) -> None:
@@ -58,13 +77,12 @@ class IncomingMedia:
         if self._client is not None:
             self._client.close()
 
-    def fetched(self, media: Sequence[Upload | MediaUrl], tenant: str) -> list[Upload]:
+    def fetched(self, media: Sequence[Upload | MediaUrl]) -> list[Upload]:
         """The same media, all of them here.
 
         Raises:
             RequestError: a URL could not be fetched. Codes: ``media_by_url_disabled`` and ``media_url_`` with
                 one of ``serve.http.fetch.FetchErrorCode``.
-            ServeError: 503, too many are being fetched.
         """
         urls = [one for one in media if isinstance(one, MediaUrl)]
         if not urls:
@@ -75,8 +93,7 @@ class IncomingMedia:
                 urls[0].param,
                 "media_by_url_disabled",
             )
-        with self._turn(tenant):
-            return asyncio.run(self._fetch(self._client, media))
+        return asyncio.run(self._fetch(self._client, media))
 
     def probe(self, upload: Upload, tenant: str) -> MediaInfo:
         """Recognise, check and fully decode a file, in a process that can be killed.
@@ -92,18 +109,6 @@ class IncomingMedia:
         except DecoderLostError as error:
             message = f"{upload.param}: it could not be looked into at the moment; try again later"
             raise ServeError(503, "decoding_unavailable", message, upload.param) from error
-
-    @contextmanager
-    def _turn(self, tenant: str) -> Iterator[None]:
-        with self._lock:
-            if self._fetching.total() >= MAX_FETCHING or self._fetching[tenant] >= MAX_FETCHING_PER_TENANT:
-                raise ServeError(503, "fetching_busy", "too many media are being fetched; try again in a few seconds")
-            self._fetching[tenant] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._fetching -= Counter([tenant])  # and forgets those that have none
 
     async def _fetch(self, client: PublicClient, media: Sequence[Upload | MediaUrl]) -> list[Upload]:
         left = self._limits.max_body_bytes - sum(len(one.data) for one in media if isinstance(one, Upload))

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.http.errors import (
@@ -52,6 +53,8 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, named)
+        except ClientDisconnect:
+            logger.debug("%s: %s %s: the client went away", request_id, scope["method"], scope["path"])
         except Exception as error:  # noqa: BLE001 - the outermost boundary: what is unexpected gets an answer
             logger.error("%s: %s %s failed: %s", request_id, scope["method"], scope["path"], outline(error))
             if started:

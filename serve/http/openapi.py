@@ -20,16 +20,20 @@ from serve.http.errors import ErrorBody
 from serve.http.events import DeletedEvent, PreviewEvent, ProgressEvent
 from serve.http.repeats import MAX_KEY_LENGTH
 from serve.http.schemas import ConditioningBody, PusaBody, VideoBody
+from serve.store.jobs import JOB_ID_PATTERN
 
 Json = dict[str, Any]
 
 CODES: Mapping[int, Sequence[str]] = {
     400: (
-        "animated_image", "clip_too_short", "conflict", "duplicate_field", "duplicate_position", "empty_prompt",
+        "animated_image", "clip_too_long", "clip_too_short", "conflict", "decoding_failed", "decoding_too_large",
+        "decoding_too_slow", "duplicate_field", "duplicate_position", "empty_prompt",
         "image_too_large", "image_too_small", "input_out_of_range", "invalid_clip", "invalid_data_url",
         "invalid_idempotency_key", "invalid_image", "invalid_json", "invalid_lora_alpha", "invalid_multipart",
         "invalid_num_frames", "invalid_position", "invalid_reference", "invalid_seconds", "invalid_size",
         "invalid_text", "invalid_type", "invalid_value", "invalid_webhook", "media_by_url_disabled",
+        "media_too_large", "media_url_invalid_url", "media_url_too_large", "media_url_too_many_redirects",
+        "media_url_too_slow", "media_url_unexpected_encoding", "media_url_unexpected_status", "media_url_unreachable",
         "missing_conditioning", "missing_field", "missing_position", "moderation_refused", "not_a_clip",
         "not_supported", "one_video", "out_of_range", "position_out_of_range", "prompt_too_long", "size_too_large",
         "size_too_small", "too_many_inputs", "too_many_tokens", "too_short", "unexpected_file", "unknown_expert",
@@ -51,7 +55,10 @@ CODES: Mapping[int, Sequence[str]] = {
         "too_many_streams",
     ),
     500: ("internal_error",),
-    503: ("moderation_unavailable", "storage_unavailable", "too_many_streams"),
+    503: (
+        "decoding_busy", "decoding_unavailable", "fetching_busy", "moderation_unavailable", "storage_unavailable",
+        "too_many_streams",
+    ),
 }  # fmt: skip
 """Every code an answer may carry, by status."""
 
@@ -68,7 +75,7 @@ _MEANING = {
     500: "A fault of ours; quote `x-request-id`.",
     503: "Try again later.",
 }
-_ALWAYS = (401, 500, 503)
+_ALWAYS = (500, 503)
 _ERRORS: Mapping[tuple[str, str], Sequence[int]] = {
     ("/v1/videos", "post"): (400, 403, 404, 409, 413, 415, 429),
     ("/v1/videos", "get"): (400,),
@@ -88,14 +95,16 @@ _ERRORS: Mapping[tuple[str, str], Sequence[int]] = {
 _NOT_OFFERED = ("/v1/videos/edits", "/v1/videos/characters", "/v1/videos/{video_id}/remix")
 _FILES = ("video/mp4", "image/webp", "image/jpeg", "application/zip")
 
+_BASE64 = "([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
 _DATA_URL = {
     "type": "string",
-    "pattern": "^data:[^,]*;base64,",
+    "pattern": f"^data:[^,]*;base64,{_BASE64}$",
     "description": "A data URL, such as data:image/png;base64,...",
 }
+_PUBLIC_URL = {"type": "string", "format": "uri", "pattern": "^https://", "description": "A public https URL."}
 _IMAGE_EXAMPLE = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGElEQVR42mP4z8BAEiJN9aiGUQ1DSgMA"
-    "CgP/ATEnUhkAAAAASUVORK5CYII="
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQAAAAA3iMLMAAAAD0lEQVR42mP8z8DEQAICADIBAR/gNl"
+    "hXAAAAAElFTkSuQmCC"
 )
 
 
@@ -113,7 +122,11 @@ def describe(app: FastAPI, model: ModelConfig, uploads: UploadLimits, require_ke
     schemas.update(_schemas(model, uploads))
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            operation["responses"] = _responses(path, method, operation["responses"])
+            statuses = [*_ALWAYS, *_ERRORS.get((path, method), ()), *([401] if require_keys else [])]
+            operation["responses"] = _responses(operation["responses"], statuses)
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "video_id":
+                    parameter["schema"]["pattern"] = JOB_ID_PATTERN
     paths = document["paths"]
     _set_body(paths["/v1/videos"]["post"], "CreateVideo", "input_reference")
     _set_body(paths["/v1/videos/extensions"]["post"], "ExtendVideo", "video")
@@ -128,9 +141,9 @@ def describe(app: FastAPI, model: ModelConfig, uploads: UploadLimits, require_ke
     return document
 
 
-def _responses(path: str, method: str, found: Json) -> Json:
+def _responses(found: Json, statuses: Sequence[int]) -> Json:
     answers = {status: answer for status, answer in found.items() if status not in ("4XX", "5XX", "422")}
-    for status in sorted((*_ALWAYS, *_ERRORS.get((path, method), ()))):
+    for status in sorted(statuses):
         answers.setdefault(str(status), _error(status))
     for answer in answers.values():
         answer.setdefault("headers", {})["x-request-id"] = {"schema": {"type": "string"}, "required": True}
@@ -153,15 +166,20 @@ def _schemas(model: ModelConfig, uploads: UploadLimits) -> Json:
     _, found = models_json_schema([(one, "validation") for one in models], ref_template="#/components/schemas/{model}")
     schemas: Json = found["$defs"]
     _limit(schemas["PusaBody"]["properties"], model)
+    entry = schemas["ConditioningBody"]["properties"]
+    entry["input"]["anyOf"][0] |= {"minimum": 0, "maximum": uploads.max_inputs - 1}
+    entry["noise_multiplier"]["anyOf"][0] |= {"minimum": 0, "maximum": 1}
     video, ours = schemas.pop("VideoBody"), schemas["PusaBody"]["properties"]
     video["properties"]["prompt"] |= {"minLength": 1, "maxLength": MAX_PROMPT_BYTES}
     video["properties"]["model"]["anyOf"][0] |= {"enum": [model.name]}
+    video["properties"]["seconds"]["anyOf"][0] |= {"maximum": model.limits.max_frames}
+    url: Json = {"anyOf": [_DATA_URL, _PUBLIC_URL]} if uploads.media_by_url else _DATA_URL
     reference = {
         "anyOf": [
-            _DATA_URL,
+            url,
             {
                 "type": "object",
-                "properties": {"image_url": _DATA_URL, "video_url": _DATA_URL},
+                "properties": {"image_url": url, "video_url": url},
                 "additionalProperties": False,
                 "minProperties": 1,
                 "maxProperties": 1,
@@ -223,7 +241,7 @@ def _limit(ours: Json, model: ModelConfig) -> None:
         "webhook": {"format": "uri", "pattern": "^https://"},
     }.items():
         ours[name]["anyOf"][0] |= bounds
-    ours["preview_every"]["maximum"] = limits.max_steps
+    ours["preview_every"] |= {"minimum": 0, "maximum": limits.max_steps}
     strength = {"type": "number", "minimum": 0.1, "maximum": 5}
     by_expert = {
         "type": "object",
@@ -278,21 +296,33 @@ def _content_answers() -> Json:
 
 
 def _event_answers() -> Json:
-    """Event streams have no schema of their own in OpenAPI; their data have."""
     data = {"progress": "ProgressEvent", "preview": "PreviewEvent", "deleted": "DeletedEvent"}
     data |= dict.fromkeys(("completed", "failed", "cancelled"), "ProgressEvent")
+    event = {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string", "pattern": "^[0-9]+-[a-z_]+-[0-9]+-[0-9]+$"},
+                    "event": {"const": name},
+                    "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": _ref(schema)},
+                },
+                "required": ["id", "event", "data"],
+            }
+            for name, schema in data.items()
+        ],
+        "description": "One event.",
+    }
     example = (
         "id: 1-denoise-3-0\nevent: progress\n"
         'data: {"id":"video_0","state":"in_progress","stage":"denoise","step":3,"num_steps":10,"attempt":1,'
         '"estimated_seconds_left":12.5,"error":null}\n\n'
     )
-    stream = {
-        "schema": {"type": "string"},
-        "example": example,
-        "x-data-of-events": {k: _ref(v) for k, v in data.items()},
-    }
     return {
-        "200": {"description": "Events until the video ends.", "content": {"text/event-stream": stream}},
+        "200": {
+            "description": "Events until the video ends.",
+            "content": {"text/event-stream": {"schema": event, "example": example}},
+        },
         "204": {"description": "`Last-Event-ID` was the last event: there will be no other."},
     }
 

@@ -4,7 +4,7 @@ Plain ``def`` routes run in worker threads, so nothing that blocks runs on the e
 read by an ``async`` dependency before.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -47,10 +47,16 @@ async def _tenant(request: Request) -> str:
     return request.state.tenant
 
 
-def _body(media_field: str) -> Callable[[Request], Awaitable[IncomingBody]]:
-    async def read(request: Request) -> IncomingBody:
-        uploads = (await _gateway(request)).config.uploads
-        return await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
+def _body(media_field: str) -> Callable[[Request], AsyncIterator[IncomingBody]]:
+    async def read(request: Request) -> AsyncIterator[IncomingBody]:
+        gateway = await _gateway(request)
+        uploads = gateway.config.uploads
+        body = await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
+        if not body.media:
+            yield body
+            return
+        async with gateway.media.room.taken(request.state.tenant):
+            yield body
 
     return read
 
@@ -82,6 +88,15 @@ class ContentQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     variant: Variant = "video"
+
+
+class Health(BaseModel):
+    """What is up."""
+
+    status: Literal["ready", "starting"]
+    model: str
+    deployments: dict[str, bool]
+    """Whether each is ready."""
 
 
 def _answer(gateway: Gateway, job: Job, response: Response) -> Video:
@@ -212,7 +227,7 @@ def _model(gateway: Gateway) -> Model:
     return model_view(gateway.model, limits, int(gateway.started_at))
 
 
-@router.get("/health")
+@router.get("/health", response_model=Health, responses={503: {"model": Health}})
 async def health(gateway: TheGateway) -> JSONResponse:
     """200 when every deployment is ready, else 503; the body says which is not."""
     deployments = await gateway.readiness()

@@ -31,6 +31,16 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """4.0 is 4 in JSON, and some clients write it so; beyond 2**53 a float no longer says which integer it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53 else value
+
+
+def _position(value: Any) -> Any:
+    return {name: _whole(one) for name, one in value.items()} if isinstance(value, dict) else _whole(value)
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
@@ -68,13 +78,13 @@ _SIZE_SCHEMA = {"anyOf": [{"type": "string", "pattern": "^[1-9][0-9]{0,4}x[1-9][
 class ConditioningBody(Closed):
     """One given latent frame."""
 
-    input: int | None = None
+    input: Whole | None = None
     """Index of the uploaded image or clip; default: the entry's own index, or the only clip."""
-    position: Annotated[Any, WithJsonSchema(_POSITION)] = None
+    position: Annotated[Any, BeforeValidator(_position), WithJsonSchema(_POSITION)] = None
     """Latent frame index, ``"start"``, ``"end"`` or ``{"frame": n}``."""
     noise_multiplier: float | None = None
     """0 keeps the frame exactly, 1 ignores it."""
-    source: int | None = None
+    source: Whole | None = None
     """Clips: which latent of the clip; negative counts from its end. Default: same as position."""
     fit: Fit | None = None
     """How the picture is brought to the video's size; default stretch for images, crop for clips."""
@@ -105,25 +115,25 @@ class PusaBody(Closed):
 
     conditioning: list[ConditioningBody] = []
     """Where uploaded images and clips go; one image alone: the start."""
-    num_inference_steps: int | None = None
+    num_inference_steps: Whole | None = None
     """Denoising steps."""
     guidance_scale: float | None = None
     """1 runs without guidance, in half the time."""
     shift: float | None = None
     """Of the noise schedule."""
-    seed: int | None = None
+    seed: Whole | None = None
     """Default: drawn, and told in the answer."""
     negative_prompt: Text | None = None
     """What the video should not show."""
-    fps: int | None = None
+    fps: Whole | None = None
     """Frames a second of the file."""
-    num_frames: int | None = None
+    num_frames: Whole | None = None
     """4k+1; instead of ``seconds``."""
     lora_alpha: Annotated[float | dict[str, float] | None, BeforeValidator(_number_or_experts)] = None
     """Strength of the model's LoRA, or of each expert's."""
     priority: Priority = "interactive"
     """``batch`` jobs give way to the tenant's interactive ones."""
-    preview_every: Annotated[int, Field(ge=0)] = 0
+    preview_every: Annotated[Whole, Field(ge=0)] = 0
     """Steps between preview frames in the event stream; 0: none."""
     webhook: Annotated[str | None, Field(max_length=2048), AfterValidator(_webhook)] = None
     """Public https URL that is told when the job ends, at least once."""

@@ -117,8 +117,9 @@ class _Room:
 
 def _room(gang: Gang, staying: list[Resident]) -> _Room:
     running = next((one for one in staying if one.job_id == gang.running), None) or min(staying, key=precedence)
-    begun = [one for one in staying if one is running or one.step > one.claim.step]
-    waiting = [one for one in staying if one not in begun]
+    begun, waiting = list[Resident](), list[Resident]()
+    for one in staying:
+        (begun if one is running or one.step > one.claim.step else waiting).append(one)
     return _Room(gang, running, begun, waiting, len(gang.residents) - len(staying))
 
 

@@ -6,9 +6,8 @@ far as the interrupted one. Its own end then lies before the other's next step, 
 interrupt it in turn: jobs do not turn round, and every arrival interrupts at most one job.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from math import inf
 
 _ROUNDING = 1e-9
 """Virtual times are sums in different orders; this relative error does not decide."""
@@ -80,12 +79,15 @@ def next_step(
     jobs = list(residents)
     if not jobs:
         return ()
-    jobs.sort(key=_order(jobs, lora, switch_s))
+    jobs.sort(key=lambda one: _order(one, lora, switch_s))
+    # A tenant's batch jobs stand back while an urgent one is there: it would interrupt them at once.
+    urgent = {one.claim.tenant for one in jobs if one.claim.is_urgent}
+    candidates = [one for one in jobs if one.claim.is_urgent or one.claim.tenant not in urgent]
     now_running = next((one for one in jobs if one.job_id == running), None)
     if now_running is None:
-        chosen = jobs[0]
+        chosen = candidates[0]
     else:
-        stronger = (one for one in jobs if one is not now_running and preempts(one, now_running, switch_s))
+        stronger = (one for one in candidates if one is not now_running and preempts(one, now_running, switch_s))
         chosen = next(stronger, now_running)
     return tuple(one.job_id for one in _sharing(chosen, jobs, share_tokens))
 
@@ -113,22 +115,10 @@ def precedence(resident: Resident) -> tuple[float, bool, bool, float, str]:
     return resident.virtual_time, not claim.is_urgent, resident.step == 0, claim.created_at, resident.job_id
 
 
-def _order(
-    residents: Iterable[Resident], lora: Hashable, switch_s: float
-) -> Callable[[Resident], tuple[float, bool, bool, float, str]]:
-    urgent: dict[str, float] = {}
-    for one in residents:
-        if one.claim.is_urgent:
-            urgent[one.claim.tenant] = min(one.virtual_time, urgent.get(one.claim.tenant, inf))
-
-    def key(one: Resident) -> tuple[float, bool, bool, float, str]:
-        start, is_batch, is_fresh, created_at, job_id = precedence(one)
-        if is_batch:  # an interrupted one may lie before the urgent jobs that interrupted it
-            start = max(start, urgent.get(one.claim.tenant, start))
-        switches = 0.0 if one.claim.lora == lora else switch_s
-        return start + switches / one.claim.weight, is_batch, is_fresh, created_at, job_id
-
-    return key
+def _order(resident: Resident, lora: Hashable, switch_s: float) -> tuple[float, bool, bool, float, str]:
+    start, is_batch, is_fresh, created_at, job_id = precedence(resident)
+    switches = 0.0 if resident.claim.lora == lora else switch_s
+    return start + switches / resident.claim.weight, is_batch, is_fresh, created_at, job_id
 
 
 def _sharing(chosen: Resident, in_order: Iterable[Resident], share_tokens: int) -> list[Resident]:

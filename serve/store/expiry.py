@@ -16,6 +16,8 @@ from serve.store.tables import deliveries, identity, jobs, keys, request_counts,
 from serve.store.tenants import lock_tenant, new_webhook_secret
 
 FINAL = ("completed", "failed", "cancelled")
+NOBODY = ""
+"""Whose the jobs of erased tenants are until their files are gone: no tenant can have this name."""
 
 
 class Expiry(Database):
@@ -23,8 +25,7 @@ class Expiry(Database):
 
     def expired_jobs(self, now: float, limit: int) -> list[Job]:
         """Ended jobs whose time is over, or whose tenant was erased; longest over first."""
-        erased = select(tenants.c.name).where(tenants.c.erased_at.is_not(None))
-        over = or_(jobs.c.expires_at < now, jobs.c.tenant.in_(erased))
+        over = or_(jobs.c.expires_at < now, jobs.c.tenant == NOBODY)
         return self._jobs(and_(jobs.c.status.in_(FINAL), over), jobs.c.expires_at, limit)
 
     def unswept_jobs(self, ended_before: float, limit: int) -> list[Job]:
@@ -62,8 +63,9 @@ class Expiry(Database):
     def erase_tenant(self, name: str, *, actor: str = "operator") -> None:
         """End everything of a tenant, and for good: its keys, usage, deliveries, quotas and secret are gone.
 
-        Its jobs are ended and belong to nobody; ``expired_jobs`` names them until their files are removed and
-        ``forget`` is called. No further job of it is accepted, whoever is in the middle of sending one.
+        Its jobs are ended and are ``NOBODY``'s, so that no later tenant of that name sees them;
+        ``expired_jobs`` names them until their files are removed and ``forget`` is called. No further job of
+        it is accepted, whoever is in the middle of sending one.
 
         Args:
             name: of the tenant; one that does not exist is erased, too.
@@ -75,6 +77,8 @@ class Expiry(Database):
             unfinished = and_(jobs.c.tenant == name, jobs.c.status.not_in(FINAL))
             ended = {"status": "cancelled", "cancel_requested": True, "completed_at": now, "owner": None}
             num_stopped = connection.execute(update(jobs).where(unfinished).values(ended)).rowcount
+            nobodys = {"tenant": NOBODY, "idempotency_key": None, "fingerprint": None, "webhook_url": None}
+            connection.execute(update(jobs).where(jobs.c.tenant == name).values(nobodys))
             for table in (keys, usage, request_counts, deliveries):
                 connection.execute(delete(table).where(table.c.tenant == name))
             anew = {"weight": 1.0, "virtual_time": 0.0, "webhook_secret": new_webhook_secret(), **asdict(Quota())}

@@ -183,6 +183,13 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             rows = connection.execute(select(jobs.c.status, func.count().label("num")).group_by(jobs.c.status)).all()
         return {row.status: row.num for row in rows}
 
+    def unfinished(self) -> dict[Status, int]:
+        """Jobs queued and in progress; what it costs does not grow with the jobs that have ended."""
+        is_unfinished = jobs.c.status.in_(("queued", "in_progress"))
+        query = select(jobs.c.status, func.count().label("num")).where(is_unfinished).group_by(jobs.c.status)
+        with self._engine.connect() as connection:
+            return {row.status: row.num for row in connection.execute(query).all()}
+
     def _newest(self, *conditions: ColumnElement[bool]) -> Job | None:
         query = select(jobs).where(*conditions).order_by(jobs.c.id.desc()).limit(1)
         with self._engine.connect() as connection:

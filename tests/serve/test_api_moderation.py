@@ -1,8 +1,9 @@
 """Moderation: asked before a job is accepted and before a result is published, and nothing passes without it."""
 
+import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pusa_dist.errors import ConfigError, RequestError
 from serve import moderation_example
 from serve.moderation import Finished, Moderation, ModerationUnavailableError, Submission
 from tests.serve.api_support import Service, open_service, png
+from tests.serve.test_dispatcher import World, add_long, stored
 
 EXAMPLE = "serve.moderation_example:refuse_listed"
 
@@ -94,3 +96,48 @@ def test_it_is_off_by_default(tmp_path: Path) -> None:
 def test_a_hook_that_does_not_exist_is_a_configuration_error(name: str) -> None:
     with pytest.raises(ConfigError, match="moderation="):
         Moderation.load(name)
+
+
+# Before a result is published, by the dispatcher.
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Any]:
+    world = World(tmp_path)
+    yield world
+    world.store.close()
+
+
+@pytest.mark.parametrize(("hook", "code"), [(lambda _: "no", "moderation_refused"), (broken, "moderation_unavailable")])
+def test_a_job_whose_result_is_refused_fails_with_a_code_and_leaves_no_file(world: Any, hook: Any, code: str) -> None:
+    world.add("j")
+
+    async def scenario() -> None:
+        async with world.dispatcher(moderation=Moderation(hook)):
+            await world.ended("j")
+
+    asyncio.run(scenario())
+    job = world.job("j")
+    assert (job.status, job.error_code, dict(job.results)) == ("failed", code, {})
+    assert stored(world, "j") == []
+
+
+def test_what_passes_is_published_and_a_preview_that_does_not_is_not_shown(world: Any) -> None:
+    seen = []
+
+    def no_previews(subject: Submission | Finished) -> str | None:
+        assert isinstance(subject, Finished)
+        seen.append((subject.job_id, sorted(subject.variants)))
+        return "not yet" if "preview" in subject.variants else None
+
+    add_long(world, "j", preview_every=2)
+
+    async def scenario() -> None:
+        async with world.dispatcher(moderation=Moderation(no_previews)):
+            await world.ended("j")
+
+    asyncio.run(scenario())
+    job = world.job("j")
+    assert (job.status, set(job.results), job.preview_step) == ("completed", {"video"}, None)
+    assert ("j", ["preview"]) in seen
+    assert ("j", ["video"]) in seen

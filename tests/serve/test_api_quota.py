@@ -27,7 +27,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
         shape = StepShape(num_tokens=request.num_tokens, uses_guidance=request.uses_guidance)
         opened.store.record_step_seconds("debug", {shape: SECONDS_A_STEP})
         opened.client.delete(f"/v1/videos/{opened.client.get('/v1/videos').json()['data'][0]['id']}")
-        time.sleep(1.1)  # the gateway remembers for a second
+        opened.forget_estimates()
         yield opened
 
 
@@ -100,8 +100,8 @@ def test_a_refused_job_leaves_nothing_behind_and_its_media_are_not_even_looked_a
         return service.client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a", png())})
 
     looked_at: list[Any] = []
-    probe = service.gateway._media.probe
-    monkeypatch.setattr(service.gateway._media, "probe", lambda *args: looked_at.append(args) or probe(*args))
+    probe = service.gateway.media.probe
+    monkeypatch.setattr(service.gateway.media, "probe", lambda *args: looked_at.append(args) or probe(*args))
     assert refusal(upload())[0] == "too_many_queued"
     assert looked_at == []
     # A place may be taken between the first look and the transaction: that refusal, too, leaves no file.
@@ -190,7 +190,7 @@ def test_the_place_in_the_queue_follows_the_fair_order(tmp_path: Path) -> None:
 
         reds = [ordered(red, priority="batch"), *(ordered(red) for _ in range(3))]
         blues = [ordered(blue) for _ in range(2)]
-        time.sleep(1.1)  # places are counted once a second
+        service.forget_estimates()
         places = {
             one: service.client.get(f"/v1/videos/{one}", headers=headers).json()["pusa"]["queue_position"]
             for headers, ids in ((red, reds), (blue, blues))
@@ -201,6 +201,6 @@ def test_the_place_in_the_queue_follows_the_fair_order(tmp_path: Path) -> None:
         assert max(places[one] for one in blues) <= 4
         assert places[reds[0]] == 6
         service.store.claim(reds[1], "test", 60.0)
-        time.sleep(1.1)
+        service.forget_estimates()
         running = service.client.get(f"/v1/videos/{reds[1]}", headers=red).json()["pusa"]
         assert running["queue_position"] is None

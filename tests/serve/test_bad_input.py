@@ -74,6 +74,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "a field twice": (body(seed=1, pusa={"seed": 1}), "duplicate_field", "seed", "give it once"),
     "number in quotes": (body(seed="7"), "invalid_type", "pusa.seed", "valid integer"),
     "bool for a number": (body(shift=True), "invalid_type", "pusa.shift", "valid number"),
+    "integer that a float cannot hold": (body(seed=2.0**60), "invalid_type", "pusa.seed", "valid integer"),
     "fraction for a count": (body(num_frames=5.5), "invalid_type", "pusa.num_frames", "valid integer"),
     "unknown priority": (body(priority="urgent"), "invalid_value", "pusa.priority", "'batch'"),
     "model that is not served": (body(model="sora-2"), "model_not_found", "model", "use 'debug'"),

@@ -161,9 +161,11 @@ def test_an_erasure_that_a_bucket_interrupts_is_ended_by_calling_it_again(
     code, _, err = command("tenants", "erase", "red")
     assert (code, "called again" in err) == (1, True)
     assert len(artifacts.jobs()) == 2
+    # Whoever is given the name meanwhile does not see what is left.
+    assert store.page("red", None, 10, "asc") == ([], False)
     assert command("tenants", "erase", "red")[0] == 0
     assert artifacts.jobs() == []
-    assert store.page("red", None, 10, "asc") == ([], False)
+    assert store.counts() == {}
 
 
 def test_a_backup_is_made_while_the_service_runs_and_restored_elsewhere(
@@ -217,6 +219,26 @@ def test_a_mistyped_folder_is_not_taken_for_an_empty_service(command: Command, t
     assert code == 0
     assert "is a new database" in err
     assert "is a new database" not in command("keys", "create", "red", state="first")[2]
+
+
+def test_the_service_does_not_start_on_a_database_it_cannot_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = JobStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    store.create_tables()
+    with store._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    store.close()
+    assert main(["--state", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "has schema 9999, which is newer" in err
+    assert err.count("\n") == 1
+    config = tmp_path / "config.yaml"
+    config.write_text("database_url: postgresql+psycopg://me:secret@127.0.0.1:1/none\n")
+    assert main(["--config", str(config), "--state", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("serve: the database cannot be used")
+    assert "secret" not in err
 
 
 def test_the_service_is_what_runs_without_a_command(

@@ -163,6 +163,7 @@ class FakeGang:
 class CountingMetrics:
     def __init__(self):
         self.outcomes, self.reasons, self.stages = [], [], []
+        self.num_released = self.num_repeated = 0
 
     def ended(self, outcome, seconds):
         self.outcomes.append(outcome)
@@ -181,6 +182,12 @@ class CountingMetrics:
 
     def checkpointed(self):
         pass
+
+    def released(self):
+        self.num_released += 1
+
+    def repeated(self):
+        self.num_repeated += 1
 
 
 class World:
@@ -659,6 +666,7 @@ def test_a_gang_that_is_closed_gets_no_job_and_what_it_releases_goes_on_elsewher
     run(scenario)
     assert world.job("j").attempt == 1  # the same attempt, so that nothing was given up
     assert other.started == [("j", 1, 1)]
+    assert (world.metrics.num_released, world.metrics.num_repeated) == (1, 0)
     assert world.job("j").steps_run == 6
 
 
@@ -703,7 +711,7 @@ def test_a_tenant_that_comes_late_is_not_behind_the_whole_queue_of_another(world
         add_long(world, f"a-{n}", tenant="a", created_at=time.time() - 30 + n)
 
     async def scenario():
-        world.gang.step_s = 0.03
+        world.gang.step_s = 0.15
         async with world.dispatcher():
             await world.until(lambda: len(world.gang.steps) >= 3)
             add_long(world, "b", tenant="b")

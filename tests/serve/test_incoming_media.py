@@ -13,8 +13,9 @@ from pusa_dist.request import MediaInfo
 from serve.config import UploadLimits
 from serve.http.errors import ServeError
 from serve.http.fetch import FetchError
-from serve.http.media import MAX_FETCHING, MAX_FETCHING_PER_TENANT, IncomingMedia
+from serve.http.media import PLACES_PER_TENANT, IncomingMedia, Room
 from serve.http.uploads import MediaUrl, Upload
+from tests.serve.api_support import open_service, png
 
 SECRET = "https://media.test/?token=s3cret"
 LIMITS = UploadLimits(max_body_bytes=1000, media_by_url=True, media_by_url_timeout_s=1.0)
@@ -24,13 +25,10 @@ INFO = MediaInfo(kind="image", width=64, height=48, num_frames=1)
 class FakeClient:
     def __init__(self, answer=b"bytes", seconds=0.0):
         self.answer, self.seconds, self.asked = answer, seconds, []
-        self.gate = threading.Event()
-        self.gate.set()
 
     async def get(self, url, max_bytes):
         self.asked.append((url, max_bytes))
         await asyncio.sleep(self.seconds)
-        await asyncio.to_thread(self.gate.wait)
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -59,9 +57,7 @@ def media(client=None, decoders=None, limits=LIMITS):
 
 def test_files_stay_as_they_are_and_urls_become_files_in_place():
     client = FakeClient()
-    files = media(client).fetched(
-        [Upload("a", b"x" * 100, "image/png"), MediaUrl("b", SECRET), MediaUrl("c", SECRET)], "t"
-    )
+    files = media(client).fetched([Upload("a", b"x" * 100, "image/png"), MediaUrl("b", SECRET), MediaUrl("c", SECRET)])
     assert [(file.param, file.data) for file in files] == [("a", b"x" * 100), ("b", b"bytes"), ("c", b"bytes")]
     # What is left of the body's size, for each in turn.
     assert client.asked == [(SECRET, 900), (SECRET, 895)]
@@ -70,15 +66,15 @@ def test_files_stay_as_they_are_and_urls_become_files_in_place():
 def test_urls_are_refused_unless_fetching_is_on():
     off = IncomingMedia(UploadLimits(), None, FakeDecoders())
     with pytest.raises(RequestError) as caught:
-        off.fetched([MediaUrl("input_reference.image_url", SECRET)], "t")
+        off.fetched([MediaUrl("input_reference.image_url", SECRET)])
     assert (caught.value.code, caught.value.param) == ("media_by_url_disabled", "input_reference.image_url")
-    assert off.fetched([Upload("a", b"x", "")], "t") == [Upload("a", b"x", "")]
+    assert off.fetched([Upload("a", b"x", "")]) == [Upload("a", b"x", "")]
 
 
 @pytest.mark.parametrize("code", ["unreachable", "too_large", "invalid_url", "unexpected_status"])
 def test_what_cannot_be_fetched_is_the_requests_fault_and_its_url_is_told_to_nobody(code, caplog):
     with pytest.raises(RequestError) as caught:
-        media(FakeClient(FetchError(code, "why"))).fetched([MediaUrl("b", SECRET)], "t")
+        media(FakeClient(FetchError(code, "why"))).fetched([MediaUrl("b", SECRET)])
     assert (caught.value.code, caught.value.param) == (f"media_url_{code}", "b")
     assert "upload the file itself" in str(caught.value)
     assert "s3cret" not in f"{caught.value} {MediaUrl('b', SECRET)!r} {caplog.text}"
@@ -87,36 +83,45 @@ def test_what_cannot_be_fetched_is_the_requests_fault_and_its_url_is_told_to_nob
 def test_all_urls_of_a_request_share_their_time():
     client = FakeClient(seconds=0.4)
     with pytest.raises(RequestError) as caught:
-        media(client).fetched([MediaUrl("b", SECRET)] * 10, "t")
+        media(client).fetched([MediaUrl("b", SECRET)] * 10)
     assert caught.value.code == "media_url_too_slow"
     assert len(client.asked) <= 3
 
 
 @pytest.mark.parametrize(
-    ("tenants", "most"), [(["a"] * 20, MAX_FETCHING_PER_TENANT), ([f"{n}" for n in range(20)], MAX_FETCHING)]
+    ("tenants", "most"), [(["a"] * 20, 3), ([f"{n}" for n in range(20)], 5), (["a"] * 10 + ["b"] * 10, 5)]
 )
-def test_only_so_many_requests_are_fetching(tenants, most):
-    client, refused = FakeClient(), []
-    client.gate.clear()
-    shared = media(client, limits=LIMITS.model_copy(update={"media_by_url_timeout_s": 100.0}))
+def test_requests_with_media_wait_for_a_place_and_all_of_them_get_one(tenants, most):
+    async def scenario():
+        room, inside, seen, held = Room(5, 3), [], [], []
 
-    def fetch(tenant):
-        try:
-            shared.fetched([MediaUrl("b", SECRET)], tenant)
-        except ServeError as error:
-            refused.append((error.status, error.code))
+        async def request(tenant):
+            async with room.taken(tenant):
+                inside.append(tenant)
+                seen.append(max(inside.count(one) for one in inside))
+                held.append(len(inside))
+                await asyncio.sleep(0.001)
+                inside.remove(tenant)
 
-    threads = [threading.Thread(target=fetch, args=(tenant,)) for tenant in tenants]
-    for thread in threads:
-        thread.start()
-    while len(client.asked) + len(refused) < 20:
-        time.sleep(0.001)
-    client.gate.set()
-    for thread in threads:
-        thread.join()
-    assert len(client.asked) == most
-    assert refused == [(503, "fetching_busy")] * (20 - most)
-    assert shared.fetched([MediaUrl("b", SECRET)], "a")[0].data == b"bytes"
+        await asyncio.gather(*(request(tenant) for tenant in tenants))
+        return seen, held
+
+    seen, held = asyncio.run(scenario())
+    assert (len(held), max(held)) == (20, most)
+    assert max(seen) <= 3
+
+
+def test_a_tenant_that_left_its_place_by_an_error_has_it_back():
+    async def scenario():
+        room = Room(1, 1)
+        for _ in range(3):
+            with pytest.raises(KeyError):
+                async with room.taken("a"):
+                    raise KeyError
+        async with asyncio.timeout(1), room.taken("a"):
+            return len(room._tenants)
+
+    assert asyncio.run(scenario()) == 1
 
 
 def test_files_are_looked_into_on_behalf_of_their_tenant():
@@ -141,3 +146,34 @@ def test_a_refused_file_stays_refused():
     with pytest.raises(RequestError) as caught:
         media(decoders=FakeDecoders(refused)).probe(Upload("a", b"x", ""), "t")
     assert caught.value is refused
+
+
+def test_uploads_that_hang_leave_threads_for_everything_else(tmp_path):
+    entered, go_on = [], threading.Event()
+
+    class HungDecoders(FakeDecoders):
+        def probe(self, data, param, owner):
+            entered.append(owner)
+            go_on.wait(60)
+            return INFO
+
+    with open_service(tmp_path) as service:
+        service.gateway.media._decoders = HungDecoders()
+        files = {"input_reference": ("a.png", png())}
+        answers = []
+
+        def create():
+            answers.append(service.client.post("/v1/videos", data={"prompt": "a"}, files=files).status_code)
+
+        threads = [threading.Thread(target=create) for _ in range(50)]  # more than a gateway has threads
+        for thread in threads:
+            thread.start()
+        while len(entered) < PLACES_PER_TENANT:
+            time.sleep(0.01)
+        assert service.client.get("/v1/videos").status_code == 200
+        assert service.client.post("/v1/videos", json={"prompt": "no media"}).status_code == 200
+        assert len(entered) == PLACES_PER_TENANT
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        assert answers == [200] * 50

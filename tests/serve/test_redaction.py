@@ -101,7 +101,7 @@ def test_a_url_that_fails_to_be_fetched_is_told_to_nobody(tmp_path, caplog):
 
     caplog.set_level(logging.DEBUG)
     with open_service(tmp_path) as service:
-        service.gateway._media._client = Unreachable()
+        service.gateway.media._client = Unreachable()
         body = {"prompt": PROMPT, "input_reference": {"image_url": URL}}
         answer = service.client.post("/v1/videos", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "media_url_unreachable")

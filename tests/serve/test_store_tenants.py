@@ -177,7 +177,9 @@ def test_erasing_a_tenant_ends_its_jobs_and_takes_its_keys_usage_deliveries_and_
 
 def test_an_erased_tenant_makes_no_jobs_and_is_charged_nothing_until_it_is_set_up_again(store: JobStore) -> None:
     store.set_tenant("a", weight=3.0)
-    store.erase_tenant("a")
+    for tenant in ("a", "b"):
+        created(store, tenant, idempotency_key="k", fingerprint="f")
+        store.erase_tenant(tenant)
     with pytest.raises(UnknownTenantError):
         store.create(new_job())
     store.charge("a", 5.0)
@@ -185,6 +187,7 @@ def test_an_erased_tenant_makes_no_jobs_and_is_charged_nothing_until_it_is_set_u
     assert store.usage("a", "1970-01-01") == []
     store.create_key("a")
     store.create(new_job())
+    assert len(store.page("a", None, 10, "asc")[0]) == 1
     again = store.tenant("a")
     assert again is not None
     assert (again.weight, again.virtual_time, again.quota) == (1.0, 0.0, Quota())
