@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 STATE ?= state
-MODEL ?= debug
+MODEL ?= tiny
 PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
@@ -26,7 +26,7 @@ setup: $(STAMP)  ## make .venv with everything the project needs
 demo: $(STAMP)  ## start the service, run one job of every task through HTTP, write outputs/, stop
 	$(BIN)/python -m cluster.demo --model $(MODEL) --out outputs
 
-serve: $(STAMP)  ## run the service until Ctrl-C: make serve PORT=8000 STATE=state MODEL=debug
+serve: $(STAMP)  ## run the service until Ctrl-C: make serve PORT=8000 STATE=state MODEL=tiny
 	$(BIN)/python -m serve --model $(MODEL) --port $(PORT) --state $(STATE)
 
 test: $(STAMP)  ## the default tests

@@ -21,12 +21,13 @@ from cluster.orders import Frames, Order, Upload, Video, clip, download, make, p
 from pusa_dist.world.caption import caption
 from pusa_dist.world.measure import track
 from pusa_dist.world.render import render
-from pusa_dist.world.scene import Scene, scene
+from pusa_dist.world.scene import BACKGROUNDS, Scene, scene
 
 SEED = 7
 SCENE_SEED = 7
 """Of a large, quick object: there is much to see."""
-NOISE_MULTIPLIERS = (0.0, 0.2, 0.6)
+NOISE_MULTIPLIERS = {0.0: "kept exactly, damage and all", 0.2: "the default: half mended", 0.6: "mended"}
+"""With what to look for when the given frame is damaged."""
 EXTENDED_FRAMES = 9
 TRANSITION_FRAMES = 5
 """Of each of the two clips a transition joins: two latent frames."""
@@ -60,19 +61,21 @@ def tasks(world: Scene, last: int) -> list[Task]:
     frames = render(world)
     start, middle, end = (png(f"frame-{n}.png", frames[n]) for n in (0, 8, 16))
     head, tail = frames[:TRANSITION_FRAMES], frames[-TRANSITION_FRAMES:]
-    image = [
+    damaged = without_a_corner(frames[0], world)
+    noisy = [
         Task(
             "image to video",
-            [f"noise multiplier {multiplier:g}", _MULTIPLIER_MEANS[multiplier]],
-            [start],
-            _pictures(frames, 0),
+            [f"noise multiplier {multiplier:g}", meaning],
+            [png("damaged.png", damaged)],
+            [Picture(pixels=damaged, caption="frame 0, damaged")],
             [_at(0, multiplier)],
         )
-        for multiplier in NOISE_MULTIPLIERS
+        for multiplier, meaning in NOISE_MULTIPLIERS.items()
     ]
     return [
         Task("text to video"),
-        *image,
+        Task("image to video", ["noise multiplier 0.2"], [start], _pictures(frames, 0), [_at(0, 0.2)]),
+        *noisy,
         Task(
             "start and end",
             ["noise multipliers 0.2, 0.5"],
@@ -116,11 +119,11 @@ def tasks(world: Scene, last: int) -> list[Task]:
     ]
 
 
-_MULTIPLIER_MEANS = {
-    0.0: "the given frame, exactly",
-    0.2: "the default: nearly the frame",
-    0.6: "free to change the frame",
-}
+def without_a_corner(frame: Frames, world: Scene) -> Frames:
+    """The picture (H, W, 3) with the left of its object missing: what a model may put right, if it is let."""
+    damaged = frame.copy()
+    damaged[:, : round(world.start[0] - 0.4 * world.radius)] = BACKGROUNDS[world.background]
+    return damaged
 
 
 def _at(position: int, noise_multiplier: float) -> dict[str, Any]:
@@ -141,9 +144,14 @@ def run(task: Task, prompt: str, client: httpx.Client, folder: Path) -> Video:
         extends=task.extended_latents > 0,
     )
     video = make(client, order)
-    name = "-".join([task.name, *task.notes[:1]] if task.name == "image to video" else [task.name])
-    (folder / f"{name.replace(' ', '-')}.mp4").write_bytes(download(client, video.id, "video"))
+    (folder / f"{file_name(task)}.mp4").write_bytes(download(client, video.id, "video"))
     return video
+
+
+def file_name(task: Task) -> str:
+    """A name of its own for each task."""
+    words = [task.name, *task.notes[:1], *("damaged" for one in task.uploads if one.name == "damaged.png")]
+    return "-".join(words).replace(", ", "-").replace(" ", "-")
 
 
 def sheet_row(task: Task, video: Video) -> SheetRow:

@@ -43,18 +43,15 @@ def answers(
 
     outcomes: dict[str, list[Outcome]] = {task.name: [] for task, _ in questions}
     pictures: dict[str, list[Frames]] = {task.name: [] for task, _ in questions}
-    with ThreadPoolExecutor(in_flight) as threads:
-        results = threads.map(answer, questions)
-        try:
-            for (task, _), (outcome, frames) in zip(
-                questions, tqdm(results, total=len(questions), unit="job"), strict=True
-            ):
-                outcomes[task.name].append(outcome)
-                if len(pictures[task.name]) < SHOWN_PAIRS:
-                    pictures[task.name].append(frames)
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    threads = ThreadPoolExecutor(in_flight)
+    try:
+        results = tqdm(threads.map(answer, questions), total=len(questions), unit="job")
+        for (task, _), (outcome, frames) in zip(questions, results, strict=True):
+            outcomes[task.name].append(outcome)
+            if len(pictures[task.name]) < SHOWN_PAIRS:
+                pictures[task.name].append(frames)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # after an error, jobs in flight are not waited for
     return outcomes, pictures
 
 

@@ -8,6 +8,7 @@ world's size and length and the model's own defaults, unless a task says otherwi
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from cluster.orders import Frames, Order, clip, png
 from pusa_dist.world.caption import caption
 from pusa_dist.world.measure import Sight, Track, psnr, track
 from pusa_dist.world.render import render
-from pusa_dist.world.scene import NUM_FRAMES, SIDE, Scene, scene
+from pusa_dist.world.scene import NUM_FRAMES, SIDE, SPEEDS, Scene, scene
 
 Outcome: TypeAlias = dict[str, Any]
 """What was measured of one answer; plain JSON values."""
@@ -30,6 +31,8 @@ START_MULTIPLIER, END_MULTIPLIER = 0.2, 0.5
 
 NEAR_START_PX = 2.0
 NEAR_END_PX = 3.0
+JUMP_PX = 2 * max(SPEEDS.values())
+"""A step from one frame to the next that no object of this world takes: twice that of the quickest."""
 BACKWARD_PX = 0.5
 """How far an object may seem to go back from one frame to the next: the error of two measured centres."""
 MAX_VELOCITY_ERROR = 0.25
@@ -80,16 +83,17 @@ def judge_image(pair: Pair, frames: Frames) -> Outcome:
 
     ``near``: in each of the frames 1 to 4 the object has the prompt's colour and shape, and its centre is at
     most 2 px from where the prompt's motion takes it.
-    ``kept``: the object has the right colour in every frame, and the right shape in most frames and the last.
+    ``kept``: it is the same object to the end: of the right colour in every frame, of the right shape in most
+    frames and in the last, and never more than 4 px from where it was a frame before. An object that dissolves
+    while another like it appears elsewhere is not kept.
     ``moves``: its direction and the word for its speed are the prompt's.
     ``right``: kept and moves. ``first_frame`` is a fingerprint of frame 0.
     """
     seen, truth = track(frames), pair.scene
     offsets = [_offset(seen.sights[frame], truth, frame) for frame in range(1, 5)]
     near = all(_is_object(seen.sights[frame], truth) for frame in range(1, 5)) and max(offsets) <= NEAR_START_PX
-    last = seen.sights[LAST]
-    kept = _coloured(seen.sights, truth) and seen.shape == truth.shape and last is not None
-    kept = kept and last is not None and last.shape == truth.shape
+    last, step = seen.sights[LAST], _largest_step(seen.sights)
+    kept = _coloured(seen.sights, truth) and seen.shape == truth.shape and _is_object(last, truth) and step <= JUMP_PX
     moves = seen.direction == truth.direction and seen.pace == truth.speed
     return {
         "near": near,
@@ -98,6 +102,7 @@ def judge_image(pair: Pair, frames: Frames) -> Outcome:
         "right": kept and moves,
         "first_frame": fingerprint(frames[0]),
         "farthest_px": round(max(offsets), 2),
+        "largest_step_px": round(step, 2),
         "last_px": round(_offset(last, truth, LAST), 2),
         **_described(seen),
     }
@@ -229,6 +234,12 @@ def _is_object(seen: Sight | None, truth: Scene) -> bool:
 
 def _coloured(sights: Sequence[Sight | None], truth: Scene) -> bool:
     return all(one is not None and one.colour == truth.colour for one in sights)
+
+
+def _largest_step(sights: Sequence[Sight | None]) -> float:
+    """Pixels between two neighbouring frames; 0 when the object is never seen twice."""
+    pairs = [(one, other) for one, other in pairwise(sights) if one is not None and other is not None]
+    return max((float(np.hypot(*np.subtract(one.centre, other.centre))) for one, other in pairs), default=0.0)
 
 
 def _offset(seen: Sight | None, truth: Scene, frame: int) -> float:

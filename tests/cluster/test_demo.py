@@ -35,6 +35,7 @@ def test_the_demo_runs_every_task_and_every_noise_multiplier(done):
     given = [[(one.position, one.noise_multiplier) for one in request.conditioning] for _, request, _ in jobs]
     assert given == [
         [],
+        [(0, 0.2)],
         *([(0, multiplier)] for multiplier in NOISE_MULTIPLIERS),
         [(0, 0.2), (4, 0.5)],
         [(0, 0.0), (2, 0.3), (4, 0.3)],

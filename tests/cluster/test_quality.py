@@ -143,10 +143,19 @@ def swapped(one):
     return render(one)[[0] * 9 + [16] * 8]
 
 
+def appears_elsewhere(one):
+    """After frame 2 another object like it goes on 7 px beside the way."""
+    dx, dy = one.velocity
+    away = 7 if (one.start[1] if dx else one.start[0]) < 31.5 else -7
+    moved = replace(one, start=(one.start[0] + away * bool(dy), one.start[1] + away * bool(dx)))
+    return np.concatenate([render(one, 3), render(moved)[3:]])
+
+
 FAULTS = {
     judge_text: (wrong_colour, wrong_shape, backwards, standing_still, nothing),
     judge_image: (
         wrong_colour, wrong_shape, backwards, standing_still, other_pace, nothing, gone_at_last, other_shape_at_last,
+        appears_elsewhere,
     ),
     judge_start_end: (
         wrong_colour, backwards, standing_still, nothing, gone_at_last, shifted, short_of_the_end, back_and_forth,
