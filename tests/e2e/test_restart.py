@@ -73,7 +73,7 @@ def test_a_restart_loses_nothing_and_leaves_no_process(tmp_path, monkeypatch):
         finished = create(client, num_inference_steps=2, num_frames=5)
         completed(client, finished)
         before = client.get(f"/v1/videos/{finished}/content").content
-        running = create(client, size="192x160", num_inference_steps=50, num_frames=49)  # far longer than a stop takes
+        running = create(client, size="192x160", num_inference_steps=200, num_frames=49)  # far longer than a stop takes
         queued = [create(client, f"queued {n}", num_inference_steps=2, num_frames=5) for n in range(4)]
         until(client, running, lambda video: video["pusa"]["step"] >= 2)
         stop(process, signal.SIGTERM)

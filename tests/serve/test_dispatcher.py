@@ -77,7 +77,10 @@ class FakeStages:
 
 
 class FakeGang:
-    """A gang that runs one job after the other and obeys ``GangHandle``; ``gate`` holds it before step 2."""
+    """A gang that runs one job after the other, first come first served, and obeys ``GangHandle``.
+
+    ``gate`` holds it before step 2.
+    """
 
     def __init__(self, stages, step_s=0.005, checkpoint_every=2):
         self.stages, self.artifacts = stages, stages.artifacts
@@ -126,7 +129,8 @@ class FakeGang:
             yield Finished(latents=TensorRef("latents"))
         finally:
             del self.residents[job_id]
-            self.running = None if self.running == job_id else self.running
+            if self.running == job_id:
+                self.running = next(iter(self.residents), None)
             self.closed.append(job_id)
 
     async def answer(self):
@@ -711,10 +715,13 @@ def test_a_tenant_that_comes_late_is_not_behind_the_whole_queue_of_another(world
         add_long(world, f"a-{n}", tenant="a", created_at=time.time() - 30 + n)
 
     async def scenario():
-        world.gang.step_s = 0.15
+        world.gang.step_s = 0.03
+        world.gang.gate.clear()
         async with world.dispatcher():
-            await world.until(lambda: len(world.gang.steps) >= 3)
+            await world.until(lambda: world.gang.steps)
             add_long(world, "b", tenant="b")
+            await world.until(lambda: world.store.get("b", "b").attempt == 1)
+            world.gang.gate.set()
             await world.until(lambda: world.store.get("b", "b").is_final)
             num_done = sum(world.store.get("a", f"a-{n}").is_final for n in range(6))
             assert num_done <= 3
