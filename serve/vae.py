@@ -1,7 +1,6 @@
 """The VAE's deployment: stored inputs to latents, latents to the files of a result."""
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.preview import LatentColours, to_webp
 from pusa_dist.request import GenerationRequest
+from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact
@@ -91,8 +91,8 @@ class Vae:
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            with tempfile.TemporaryDirectory(prefix="vae-") as folder:
-                files = write_files(Path(folder), request, _checked(self._codec.decode(values), check))
+            with scratch_folder("vae") as folder:
+                files = write_files(folder, request, _checked(self._codec.decode(values), check))
                 published = {}
                 for variant, (path, mime) in files.items():
                     check()
