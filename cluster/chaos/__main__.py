@@ -255,11 +255,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     processes.adopt_orphans()
     # A short path: the sockets in it may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix="c-", ignore_cleanup_errors=True) as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         try:
             return 0 if measure(folder) else 1
+        except KeyboardInterrupt:
+            sys.stdout.write("chaos: interrupted\n")
+            return 130
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             sys.stdout.write(f"chaos: {error}\n{_log_of(folder)}\n")
             return 1

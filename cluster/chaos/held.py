@@ -5,6 +5,7 @@ Actors are listed by a private function of Ray: the public one asks its dashboar
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -35,7 +36,8 @@ def held_by(ancestor: int) -> Held:
     (raylet,) = roles(ancestor)["raylet"]
     (address,) = [one.partition("=")[2] for one in command_of(raylet) if one.startswith("--gcs-address=")]
     command = [sys.executable, "-m", "cluster.chaos.held", address]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    environment = {"RAY_AUTH_MODE": "token", **os.environ}  # as a local cluster has it where nothing else is said
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
     if asked.returncode:
         raise RuntimeError(f"Ray does not tell what it holds:\n{asked.stderr[-2000:]}")
     return Held(**json.loads(asked.stdout.splitlines()[-1]))
