@@ -8,8 +8,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TypeVar
 
-import ray
-
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import Cancelled, PusaError
 from pusa_dist.media.child import DecoderLostError
@@ -19,6 +17,7 @@ from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.preview import LatentColours, to_webp
 from pusa_dist.request import GenerationRequest
+from serve.lending import Lent
 from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
 from serve.store.artifacts import ArtifactStore
@@ -46,6 +45,7 @@ class Vae:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
         self._previews = ThreadPoolExecutor(1, "preview")
         self._colours: LatentColours | None = None
+        self._lent = Lent()
 
     async def encode(self, request: GenerationRequest, keys: Sequence[str]) -> TensorRef:
         """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
@@ -54,7 +54,7 @@ class Vae:
             inputs = [self._artifacts.read(key) for key in keys]
             check()
             try:
-                return TensorRef(ray.put(self._codec.encode_inputs(request, inputs)))
+                return self._lent.lend(self._codec.encode_inputs(request, inputs))
             except DecoderLostError as error:
                 raise ReplicaLostError(str(error)) from error
 
