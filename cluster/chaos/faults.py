@@ -12,9 +12,9 @@ import httpx
 from cluster.chaos.processes import command_of, roles
 from cluster.chaos.records import JobRecord
 
-MOMENT_S = 120.0
+MOMENT_S = 150.0
 """Longest wait for the moment of a fault."""
-WHOLE_S = 150.0
+WHOLE_S = 240.0
 """Longest wait until the service is whole again."""
 _RENEWED_S = 5.0
 """A lease with less left than this has nobody who renews it: a dispatcher does so every two of ten seconds."""
