@@ -5,8 +5,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -22,48 +23,83 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def local_service(model: str, state: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """Start ``python -m serve`` on loopback, yield its URL when ready, stop it at the end.
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service that was started, ready or not."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+
+def start(
+    model: str,
+    state: Path,
+    arguments: Sequence[str] = (),
+    *,
+    port: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Service:
+    """Start ``python -m serve`` on loopback, without waiting for it.
 
     Args:
         model: name or path of the model's configuration.
-        state: folder for its database, artifacts and log (``service.log``).
+        state: folder for its database, artifacts and log (``service.log``, which is added to).
         arguments: further arguments of ``python -m serve``.
+        port: to listen on; None: any.
+        environment: of the process; None: this one's.
+    """
+    state.mkdir(parents=True, exist_ok=True)
+    port = free_port() if port is None else port
+    log = state / "service.log"
+    command = [sys.executable, "-m", "serve", "--model", model, "--port", str(port), "--state", str(state), *arguments]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    return Service(f"http://127.0.0.1:{port}", process, log)
+
+
+def wait_until_ready(service: Service, headers: Mapping[str, str] | None = None) -> None:
+    """Wait for a service that was started; ``headers`` hold a key if it asks for one.
 
     Raises:
         RuntimeError: it ended or was not ready in time; the message ends with its last output.
     """
-    state.mkdir(parents=True, exist_ok=True)
-    url = f"http://127.0.0.1:{free_port()}"
-    log = state / "service.log"
-    command = [sys.executable, "-m", "serve", "--model", model, "--port", url.rpartition(":")[2], "--state", str(state)]
-    with log.open("wb") as output:
-        process = subprocess.Popen([*command, *arguments], stdout=output, stderr=subprocess.STDOUT)
-    try:
-        _wait_until_ready(url, process, log)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-
-
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the service ended with {process.returncode}:\n{_tail(log)}")
+        if (code := service.process.poll()) is not None:
+            raise RuntimeError(f"the service ended with {code}:\n{_tail(service.log)}")
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(f"{service.url}/health", headers=headers, timeout=5).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass  # nobody listens yet
         time.sleep(0.2)
-    raise RuntimeError(f"the service was not ready within {START_TIMEOUT_S:g} s:\n{_tail(log)}")
+    raise RuntimeError(f"the service was not ready within {START_TIMEOUT_S:g} s:\n{_tail(service.log)}")
+
+
+def stop(service: Service) -> None:
+    """Stop a service as Ctrl-C does, and wait for its end.
+
+    Raises:
+        TimeoutExpired: it did not end in time, and was killed.
+    """
+    service.process.send_signal(signal.SIGINT)
+    try:
+        service.process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        service.process.kill()
+        raise
+
+
+@contextmanager
+def local_service(model: str, state: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """Start a service, yield its URL when ready, stop it at the end; arguments and errors as of the above."""
+    service = start(model, state, arguments)
+    try:
+        wait_until_ready(service)
+        yield service.url
+    finally:
+        stop(service)
 
 
 def _tail(log: Path) -> str:
