@@ -68,10 +68,10 @@ class Service:
             self.add_node(host)
 
         stack.enter_context(self.head.entered())
-        eventually(self._is_up, 60, "the head did not start")
+        eventually(self._is_up, 120, "the head did not start")
         ray.init(address=f"{self.head.address}:6379", log_to_driver=False)
         stack.callback(ray.shutdown)
-        eventually(lambda: num_alive() == 3, 60, "the nodes did not join")
+        eventually(lambda: num_alive() == 3, 120, "the nodes did not join")
         self._store = JobStore(database_url)
         stack.callback(self._store.close)
         rest = {role: {"label_selector": {"role": "rest"}} for role in ("gateway", "dispatcher", "text_encoder", "vae")}
