@@ -114,7 +114,7 @@ class Chaos:
         left = processes.descendants(os.getpid())
         return Remains(
             processes=[" ".join(processes.command_of(pid))[:80] for pid in left],
-            temporary_files=sorted(path.name for path in self.temporary.iterdir()),
+            temporary_files=sorted(path.name for path in self.temporary.iterdir() if not _is_cache(path)),
         )
 
     def _start(self) -> Service:
@@ -277,6 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         finally:
             processes.kill_all(os.getpid())
+
+
+def _is_cache(path: Path) -> bool:
+    """Whether it is torch's, one folder for an account: not a file of any process."""
+    return path.name.startswith("torchinductor_")
 
 
 def _log_of(folder: Path) -> str:
