@@ -1,16 +1,21 @@
 """Fair shares, measured: prints a table, and ends with 1 if a figure is missed.
 
-The scenarios run under virtual time, where the scheduling policy of the service decides over gangs that
-compute nothing: first one gang as it is usually tested, then a thousand.
+The scenarios of one gang run against the real service, with the ``debug`` model, and again under virtual
+time, where the scheduling policy of the service decides over gangs that compute nothing: one, then a thousand.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
 
+from cluster.local_service import running_service
 from cluster.outcome import Observation, delivered, jain, longest_wait_steps, slowdown
+from cluster.real_run import SETTINGS, RealService
 from cluster.virtual_run import observe
 from cluster.workload import FOUR_EQUAL, HEAD_OF_LINE, TWO_TO_ONE, Scenario, crowd
 
@@ -56,6 +61,15 @@ def crowd_figures(run: Observe, scenario: Scenario) -> Iterator[Figure]:
     yield _jain(scenario.name, by_weight[1])
 
 
+def real_figures() -> list[Figure]:
+    """The figures of one gang of the real service, started for that."""
+    with (
+        tempfile.TemporaryDirectory(prefix="pusa-fair-") as folder,
+        running_service("debug", Path(folder) / "state", settings=SETTINGS) as service,
+    ):
+        return [_of("real", one) for one in figures(RealService(service).observe)]
+
+
 def table(lines: Sequence[Figure]) -> str:
     """Markdown."""
     head = "| scenario | figure | value | must be | verdict |\n|---|---|---|---|---|\n"
@@ -71,14 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fairness", description=__doc__.splitlines()[0])
     parser.add_argument("--gangs", type=int, default=1000, help="of the crowd")
     parser.add_argument("--tenants", type=int, default=200, help="of the crowd")
+    parser.add_argument("--virtual-only", action="store_true", help="start no service")
     arguments = parser.parse_args(argv)
+    lines = [] if arguments.virtual_only else real_figures()
     began = time.perf_counter()
-    lines = list(figures(observe))
-    lines += crowd_figures(observe, crowd(arguments.gangs, arguments.tenants))
+    virtual = [*figures(observe), *crowd_figures(observe, crowd(arguments.gangs, arguments.tenants))]
     wall_s = time.perf_counter() - began
-    lines.append(Figure("all of these", "seconds of wall time", wall_s, f"<= {MAX_WALL_S:g}", wall_s <= MAX_WALL_S))
+    lines += [_of("virtual", one) for one in virtual]
+    lines.append(Figure("virtual: all", "seconds of wall time", wall_s, f"<= {MAX_WALL_S:g}", wall_s <= MAX_WALL_S))
     sys.stdout.write(table(lines))
     return 0 if all(one.is_met for one in lines) else 1
+
+
+def _of(kind: str, figure: Figure) -> Figure:
+    return replace(figure, scenario=f"{kind}: {figure.scenario}")
 
 
 def _head_of_line(scenario: str, seen: Observation, tenants: Sequence[str], others: Sequence[str]) -> Iterator[Figure]:
@@ -88,6 +108,16 @@ def _head_of_line(scenario: str, seen: Observation, tenants: Sequence[str], othe
     yield Figure(
         scenario, "longest wait for the first step, in steps", wait, f"<= {MAX_WAIT_STEPS:g}", wait <= MAX_WAIT_STEPS
     )
+    yield from _waits(scenario, seen, tenants)
+
+
+def _waits(scenario: str, seen: Observation, tenants: Sequence[str]) -> Iterator[Figure]:
+    """Told, not judged: whom those waited for whose latency is judged."""
+    waits = [one.waits for one in seen.outcomes if one.tenant in tenants and one.waits]
+    for role in waits[0] if waits else ():
+        seconds = [one[role] for one in waits]
+        yield Figure(scenario, f"median wait for the {role}, seconds", median(seconds), "-", True)
+        yield Figure(scenario, f"longest wait for the {role}, seconds", max(seconds), "-", True)
 
 
 def _share(scenario: str, ratio: float) -> Figure:

@@ -56,7 +56,7 @@ class Times:
     poll_s: float = 0.1
     """Between two looks at the queue."""
     arrange_s: float = 0.0
-    """From a gang's turning to another job to a look at who could follow; a job that becomes ready is looked at once."""
+    """From a gang's turning to another job to a look at who could follow; a ready job causes one at once."""
 
 
 @dataclass(slots=True)
@@ -348,7 +348,6 @@ class VirtualCluster:
                 gang.leaving.add(order.job_id)
             else:
                 self._leave(gang.jobs[order.job_id], gang)
-
 
     def _turns(self) -> Iterator[Turn]:
         return in_order(
