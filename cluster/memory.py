@@ -1,0 +1,109 @@
+"""Memory that does not grow: many jobs of mixed shapes through one gang, and what every process holds after them.
+
+Compares resident memory, by role, after the last job with that after an early one.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from cluster.local_service import running_service
+from cluster.orders import Order, completed
+from cluster.processes import Process, processes
+
+MAX_GROWTH = 0.05
+SETTLE_S = 3.0
+"""After the last of some jobs, so that what is freed late is freed."""
+SHAPES = tuple((size, frames) for frames in (5, 9, 17) for size in ("64x64", "96x64", "64x96", "128x96", "96x96"))
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Of one role."""
+
+    role: str
+    before: int
+    after: int
+    """Bytes, over all its processes."""
+
+    @property
+    def by(self) -> float:
+        """As a part of what it was."""
+        return self.after / self.before - 1
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it stayed within the limit."""
+        return self.by <= MAX_GROWTH
+
+
+def growth(before: Iterable[Process], after: Iterable[Process]) -> list[Growth]:
+    """What every role that was there before holds now; only processes that were there both times count."""
+    lists = [list(before), list(after)]
+    both = set.intersection(*({one.pid for one in several} for several in lists))
+    was, now = (_by_role(one for one in several if one.pid in both) for several in lists)
+    return [Growth(role, held, now[role]) for role, held in sorted(was.items())]
+
+
+def table(lines: Sequence[Growth]) -> str:
+    """Markdown."""
+    head = "| role | before, MiB | after, MiB | growth | must be | verdict |\n|---|---|---|---|---|---|\n"
+    rows = (
+        f"| {one.role} | {one.before / MIB:.0f} | {one.after / MIB:.0f} | {one.by:+.1%} | <= {MAX_GROWTH:.0%} "
+        f"| {'ok' if one.is_met else 'MISSED'} |\n"
+        for one in lines
+    )
+    return head + "".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; exit code 1 when a role has grown."""
+    parser = argparse.ArgumentParser(prog="memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--early", type=int, default=20, help="jobs before the first measurement")
+    arguments = parser.parse_args(argv)
+    with (
+        tempfile.TemporaryDirectory(prefix="pusa-memory-") as folder,
+        running_service("debug", Path(folder) / "state") as service,
+        httpx.Client(base_url=service.url, timeout=60) as client,
+    ):
+        _run(client, range(arguments.early))
+        before = processes(service.pid)
+        _run(client, range(arguments.early, arguments.jobs))
+        lines = growth(before, processes(service.pid))
+    sys.stdout.write(f"after {arguments.early} jobs and after {arguments.jobs}:\n{table(lines)}")
+    return 0 if all(one.is_met for one in lines) else 1
+
+
+def _run(client: httpx.Client, numbers: Sequence[int]) -> None:
+    """Two at a time, so that the gang always has a second resident."""
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda number: _one(client, number), numbers):
+            pass
+    time.sleep(SETTLE_S)
+
+
+def _one(client: httpx.Client, number: int) -> None:
+    size, frames = SHAPES[number % len(SHAPES)]
+    settings = {"num_frames": frames, "num_inference_steps": 2 + number % 3, "guidance_scale": 1.0 + 4.0 * (number % 2)}
+    completed(client, Order(prompt=f"number {number}", seed=number, size=size, settings=settings))
+
+
+def _by_role(several: Iterable[Process]) -> Mapping[str, int]:
+    held: dict[str, int] = defaultdict(int)
+    for one in several:
+        held[one.role] += one.resident
+    return held
+
+
+if __name__ == "__main__":
+    sys.exit(main())
