@@ -10,7 +10,7 @@ TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -63,6 +63,9 @@ storm: $(STAMP)  ## 1,000 creates over connections that break, and the latency o
 
 quality: $(STAMP)  ## the small model, alone and adapted, measured through the service: make quality PAIRS=256
 	$(BIN)/python -m cluster.quality --pairs $(PAIRS) --text-pairs $(TEXT_PAIRS) --out outputs/quality
+
+chaos: $(STAMP)  ## kill every kind of process under 20 jobs of three tenants; nothing may be lost or left behind
+	$(BIN)/python -m cluster.chaos
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt

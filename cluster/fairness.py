@@ -6,16 +6,14 @@ time, where the scheduling policy of the service decides over gangs that compute
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 
-from cluster.local_service import running_service
 from cluster.outcome import Observation, delivered, jain, longest_wait_steps, slowdown
-from cluster.real_run import SETTINGS, RealService
+from cluster.real_run import real_service
+from cluster.verdicts import Figure, table
 from cluster.virtual_run import observe
 from cluster.workload import FOUR_EQUAL, HEAD_OF_LINE, TWO_TO_ONE, Scenario, crowd
 
@@ -26,17 +24,6 @@ MIN_JAIN = 0.97
 MAX_WALL_S = 60.0
 
 Observe = Callable[[Scenario], Observation]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One line of the table."""
-
-    scenario: str
-    what: str
-    value: float
-    must_be: str
-    is_met: bool
 
 
 def figures(run: Observe) -> Iterator[Figure]:
@@ -63,21 +50,8 @@ def crowd_figures(run: Observe, scenario: Scenario) -> Iterator[Figure]:
 
 def real_figures() -> list[Figure]:
     """The figures of one gang of the real service, started for that."""
-    with (
-        tempfile.TemporaryDirectory(prefix="pusa-fair-") as folder,
-        running_service("debug", Path(folder) / "state", settings=SETTINGS) as service,
-    ):
-        return [_of("real", one) for one in figures(RealService(service).observe)]
-
-
-def table(lines: Sequence[Figure]) -> str:
-    """Markdown."""
-    head = "| scenario | figure | value | must be | verdict |\n|---|---|---|---|---|\n"
-    rows = (
-        f"| {one.scenario} | {one.what} | {one.value:.3f} | {one.must_be} | {'ok' if one.is_met else 'MISSED'} |\n"
-        for one in lines
-    )
-    return head + "".join(rows)
+    with real_service("ABCD") as service:
+        return [_of("real", one) for one in figures(service.observe)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,15 +15,24 @@ from pathlib import Path
 
 import httpx
 
+from cluster.chaos.processes import command_of, descendants, resident_mib, role_of
 from cluster.local_service import running_service
 from cluster.orders import Order, completed
-from cluster.processes import Process, processes
 
 MAX_GROWTH = 0.05
 SETTLE_S = 3.0
 """After the last of some jobs, so that what is freed late is freed."""
 SHAPES = tuple((size, frames) for frames in (5, 9, 17) for size in ("64x64", "96x64", "64x96", "128x96", "96x96"))
-MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One of the service's."""
+
+    pid: int
+    role: str
+    resident_mib: float
+    """Of its own: the object store that it shares is sized, not grown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +40,9 @@ class Growth:
     """Of one role."""
 
     role: str
-    before: int
-    after: int
-    """Bytes, over all its processes."""
+    before: float
+    after: float
+    """MiB, over all its processes."""
 
     @property
     def by(self) -> float:
@@ -58,7 +67,7 @@ def table(lines: Sequence[Growth]) -> str:
     """Markdown."""
     head = "| role | before, MiB | after, MiB | growth | must be | verdict |\n|---|---|---|---|---|---|\n"
     rows = (
-        f"| {one.role} | {one.before / MIB:.0f} | {one.after / MIB:.0f} | {one.by:+.1%} | <= {MAX_GROWTH:.0%} "
+        f"| {one.role} | {one.before:.0f} | {one.after:.0f} | {one.by:+.1%} | <= {MAX_GROWTH:.0%} "
         f"| {'ok' if one.is_met else 'MISSED'} |\n"
         for one in lines
     )
@@ -77,11 +86,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         httpx.Client(base_url=service.url, timeout=60) as client,
     ):
         _run(client, range(arguments.early))
-        before = processes(service.pid)
+        before = processes(service.process.pid)
         _run(client, range(arguments.early, arguments.jobs))
-        lines = growth(before, processes(service.pid))
+        lines = growth(before, processes(service.process.pid))
     sys.stdout.write(f"after {arguments.early} jobs and after {arguments.jobs}:\n{table(lines)}")
     return 0 if all(one.is_met for one in lines) else 1
+
+
+def processes(ancestor: int) -> list[Process]:
+    """The processes of a service; those without a role of their own are called by their program."""
+    found = []
+    for pid in (ancestor, *descendants(ancestor)):
+        command = command_of(pid)
+        if command and command[0] and not command[0].startswith("ray::IDLE"):
+            role = role_of(command) or program(command)
+            found.append(Process(pid=pid, role=role, resident_mib=resident_mib(pid)))
+    return found
+
+
+def program(command: Sequence[str]) -> str:
+    """What runs: the module or script of a Python, else the file."""
+    name = Path(command[0]).name
+    if not name.startswith("python"):
+        return name
+    if "-m" in command:
+        return f"python -m {command[command.index('-m') + 1]}"
+    return next((Path(one).name for one in command if one.endswith(".py")), name)
 
 
 def _run(client: httpx.Client, numbers: Sequence[int]) -> None:
@@ -98,10 +128,10 @@ def _one(client: httpx.Client, number: int) -> None:
     completed(client, Order(prompt=f"number {number}", seed=number, size=size, settings=settings))
 
 
-def _by_role(several: Iterable[Process]) -> Mapping[str, int]:
-    held: dict[str, int] = defaultdict(int)
+def _by_role(several: Iterable[Process]) -> Mapping[str, float]:
+    held: dict[str, float] = defaultdict(float)
     for one in several:
-        held[one.role] += one.resident
+        held[one.role] += one.resident_mib
     return held
 
 

@@ -104,8 +104,13 @@ def completed(client: httpx.Client, order: Order) -> str:
     return video_id
 
 
-def submit(client: httpx.Client, order: Order) -> httpx.Response:
+def submit(client: httpx.Client, order: Order, headers: Mapping[str, str] | None = None) -> httpx.Response:
     """Order a video; the answer holds the job, and how often to ask for it.
+
+    Args:
+        client: of the service.
+        order: what is wanted.
+        headers: such as ``Idempotency-Key``.
 
     Raises:
         RuntimeError: the service refused.
@@ -116,7 +121,7 @@ def submit(client: httpx.Client, order: Order) -> httpx.Response:
     fields = {"prompt": order.prompt, "pusa": json.dumps(pusa)} | ({"size": order.size} if order.size else {})
     route, media = ("/v1/videos/extensions", "video") if order.extends else ("/v1/videos", "input_reference[]")
     uploads = [(media, (one.name, one.data, one.content_type)) for one in order.uploads]
-    return _checked(client.post(route, data=fields, files=uploads or None))
+    return _checked(client.post(route, data=fields, files=uploads or None, headers=headers))
 
 
 def download(client: httpx.Client, video_id: str, variant: str) -> bytes:

@@ -6,16 +6,18 @@ the time went, and ``GET /v1/usage`` what was delivered to whom.
 
 import asyncio
 import json
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 
-from cluster.local_service import Service
+from cluster.local_service import running_service, serve_command
 from cluster.outcome import Delivery, Observation, Outcome
 from cluster.workload import Scenario, Stream, Video
 
@@ -46,26 +48,36 @@ class _Done:
         return self.ended_at - self.asked_at
 
 
+@contextmanager
+def real_service(tenants: Iterable[str]) -> Iterator["RealService"]:
+    """Start a service of one gang that these tenants have keys of, and stop it at the end."""
+    with tempfile.TemporaryDirectory(prefix="pusa-fair-") as folder:
+        state = Path(folder) / "state"
+        keys = {tenant: serve_command(state, "keys", "create", tenant).splitlines()[-1] for tenant in tenants}
+        headers = _headers(next(iter(keys.values())))
+        with running_service("debug", state, settings=SETTINGS, headers=headers) as service:
+            yield RealService(service.url, state, keys)
+
+
 @dataclass(slots=True)
 class RealService:
-    """Runs scenarios on a service that asks for keys, one after the other."""
+    """Runs scenarios on a service that asks for keys, one after the other; see ``real_service``."""
 
-    service: Service
-    keys: dict[str, str] = field(default_factory=dict)
+    url: str
+    state: Path
+    keys: Mapping[str, str]
     _idle: dict[Video, list[_Done]] = field(default_factory=dict)
 
     def observe(self, scenario: Scenario) -> Observation:
         """Run a scenario; see ``cluster.virtual_run.observe``."""
         for tenant, weight in scenario.weights.items():
-            self.service.command("tenants", "set", tenant, "--weight", str(weight))
-            if tenant not in self.keys:
-                self.keys[tenant] = self.service.command("keys", "create", tenant).splitlines()[-1]
+            serve_command(self.state, "tenants", "set", tenant, "--weight", str(weight))
         return asyncio.run(self._observe(_scaled(scenario)))
 
     async def _observe(self, scenario: Scenario) -> Observation:
         async with AsyncExitStack() as stack:
             clients = {
-                tenant: await stack.enter_async_context(_client(self.service.url, self.keys[tenant]))
+                tenant: await stack.enter_async_context(_client(self.url, self.keys[tenant]))
                 for tenant in scenario.weights
             }
             for stream in scenario.streams:
@@ -214,5 +226,9 @@ def _smaller(video: Video) -> Video:
 
 def _client(url: str, key: str) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    headers = {"Authorization": f"Bearer {key}"}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=httpx.Timeout(60.0, read=None), limits=limits)
+    timeout = httpx.Timeout(60.0, read=None)
+    return httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout, limits=limits)
+
+
+def _headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}

@@ -82,7 +82,8 @@ class DispatcherReplica:
             handover_s=config.denoiser.handover_timeout_s,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
-        self._sweeping = asyncio.get_running_loop().create_task(keep_sweeping(self._store, artifacts))
+        sweeping = keep_sweeping(self._store, artifacts, leftovers_age_s=config.leftovers_age_s)
+        self._sweeping = asyncio.get_running_loop().create_task(sweeping)
         self._delivering = asyncio.get_running_loop().create_task(keep_delivering(Webhooks(self._store)))
 
     async def register(self, name: str, coordinator: Any, max_resident: int) -> int:

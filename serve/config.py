@@ -127,6 +127,8 @@ class ServeConfig(Settings):
     """A job not finished this long after it was created is failed."""
     result_ttl_s: float = Field(7 * 86400.0, gt=0)
     """How long results are promised to be kept (``expires_at``)."""
+    leftovers_age_s: float = Field(600.0, gt=0)
+    """Files of dead attempts are removed this long after their job has ended; a stale attempt may write until then."""
     poll_after_ms: int = Field(500, ge=50)
     """What clients are told to wait between polls."""
     uploads: UploadLimits = UploadLimits()

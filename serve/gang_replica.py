@@ -7,7 +7,8 @@ pass through Serve: the dispatcher talks to the coordinator's actor, which the r
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from serve.denoiser import Denoiser
 from serve.gang import Gang, MakeWorker
 from serve.metrics import GangMetrics
 from serve.scaling import WANTED_GANGS
+from serve.stages import Assignment, Finished, Kept, ReplicaLostError, TensorRef
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ NAMESPACE = "pusa-gangs"
 """Ray namespace of the coordinators, where ``serve.node`` finds them."""
 REGISTER_S = 2.0
 _ANSWER_S = 5.0
+_KEPT_S = 30.0
+"""A dispatcher that has not asked for a job's latents by then has died, and another attempt makes them again."""
 
 
 class Coordinator(Denoiser):
@@ -41,6 +45,44 @@ class Coordinator(Denoiser):
     ) -> None:
         self._ranks = Gang(config, make_worker, artifacts_url, placement)
         super().__init__(config, self._ranks, GangMetrics().step)
+        self._kept: dict[tuple[str, int], TensorRef] = {}
+        self._taken = asyncio.Event()
+
+    async def generate(self, assignment: Assignment) -> AsyncGenerator[Any, None]:
+        """See ``GangHandle.generate``, but that it ends with ``Kept``.
+
+        Ray loses count, now and then, of references inside what a stream yields (ray-project/ray#58080): the
+        latents would be gone while they wait for a VAE. It does not in the answer of a call.
+        """
+        job = assignment.job_id, assignment.attempt
+        async with aclosing(super().generate(assignment)) as messages:
+            async for message in messages:
+                if isinstance(message, Finished):
+                    self._kept[job] = message.latents
+                    yield Kept()
+                else:
+                    yield message
+        try:
+            async with asyncio.timeout(_KEPT_S):
+                while job in self._kept:
+                    self._taken.clear()
+                    await self._taken.wait()
+        except TimeoutError:
+            logger.warning("job %s: nobody asked for the latents of attempt %d", *job)
+        finally:
+            self._kept.pop(job, None)
+
+    async def take(self, job_id: str, attempt: int) -> TensorRef:
+        """Final latents of a job whose stream has ended with ``Kept``; once.
+
+        Raises:
+            ReplicaLostError: they are not kept any more.
+        """
+        latents = self._kept.pop((job_id, attempt), None)
+        if latents is None:
+            raise ReplicaLostError("the gang does not keep the latents any more")
+        self._taken.set()
+        return latents
 
     async def start(self) -> list[int]:
         """Wait until the ranks are ready; returns their process ids."""

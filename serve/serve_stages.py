@@ -14,6 +14,7 @@ from serve.stages import (
     Finished,
     GangState,
     GangUnavailableError,
+    Kept,
     Message,
     Released,
     Renewal,
@@ -67,8 +68,12 @@ class ActorGang:
         is_held = has_ended = False
         try:
             async for ref in stream:
-                message: Message = await ref
-                is_held, has_ended = True, isinstance(message, Finished | Released)
+                message: Message | Kept = await ref
+                is_held = True
+                if isinstance(message, Kept):
+                    taken = self._coordinator.take.remote(assignment.job_id, assignment.attempt)
+                    message = Finished(latents=await taken)
+                has_ended = isinstance(message, Finished | Released)
                 yield message
         except (RayError, *_LOST) as error:
             has_ended = True

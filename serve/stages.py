@@ -129,6 +129,11 @@ class Finished:
     latents: TensorRef
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What crosses Ray in place of ``Finished``: the latents wait on the gang until they are asked for."""
+
+
 Message = Progress | Checkpointed | Previewed | Released | Finished
 
 

@@ -46,7 +46,11 @@ class Swept:
 
 
 async def keep_sweeping(
-    store: JobStore, artifacts: ArtifactStore, period_s: float = PERIOD_S, clock: Callable[[], float] = time.time
+    store: JobStore,
+    artifacts: ArtifactStore,
+    period_s: float = PERIOD_S,
+    clock: Callable[[], float] = time.time,
+    leftovers_age_s: float = LEFTOVERS_AGE_S,
 ) -> None:
     """Sweep again and again until cancelled, whatever fails.
 
@@ -55,11 +59,12 @@ async def keep_sweeping(
         artifacts: of their files.
         period_s: between the end of one sweep and the next.
         clock: Unix seconds.
+        leftovers_age_s: see ``sweep``.
     """
     next_orphans = 0.0
     while True:
         try:
-            await asyncio.to_thread(sweep, store, artifacts, clock())
+            await asyncio.to_thread(sweep, store, artifacts, clock(), leftovers_age_s)
             if time.monotonic() >= next_orphans:
                 await asyncio.to_thread(sweep_orphans, store, artifacts, clock())
                 next_orphans = time.monotonic() + ORPHANS_PERIOD_S
@@ -70,13 +75,14 @@ async def keep_sweeping(
         await asyncio.sleep(period_s)
 
 
-def sweep(store: JobStore, artifacts: ArtifactStore, now: float) -> Swept:
+def sweep(store: JobStore, artifacts: ArtifactStore, now: float, leftovers_age_s: float = LEFTOVERS_AGE_S) -> Swept:
     """Remove jobs whose time is over, leftovers of jobs that have ended, and old deliveries. Blocks.
 
     Args:
         store: of the jobs.
         artifacts: of their files.
         now: Unix seconds.
+        leftovers_age_s: what dead attempts left is removed this long after their job has ended.
     """
 
     def forget(job: Job) -> None:
@@ -88,7 +94,7 @@ def sweep(store: JobStore, artifacts: ArtifactStore, now: float) -> Swept:
         store.mark_swept(job.id)
 
     forgotten, failures = _each(store.expired_jobs(now, _PAGE), forget)
-    tidied, more_failures = _each(store.unswept_jobs(now - LEFTOVERS_AGE_S, _PAGE), tidy)
+    tidied, more_failures = _each(store.unswept_jobs(now - leftovers_age_s, _PAGE), tidy)
     store.forget_deliveries(now - DELIVERIES_AGE_S)
     if forgotten:
         logger.info("%d jobs were past their time and are forgotten", forgotten)

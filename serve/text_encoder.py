@@ -3,9 +3,8 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-import ray
-
 from pusa_dist.config import ModelConfig
+from serve.lending import Lent
 from serve.stages import TensorRef
 
 
@@ -17,10 +16,11 @@ class TextEncoder:
 
         self._encoder = PromptEncoder(model, device)
         self._thread = ThreadPoolExecutor(1, "text")
+        self._lent = Lent()
 
     async def embed(self, prompt: str) -> TensorRef:
         """(L, E) embedding of a prompt, in the object store."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, prompt)
 
     def _embed(self, prompt: str) -> TensorRef:
-        return TensorRef(ray.put(self._encoder.encode(prompt)))
+        return self._lent.lend(self._encoder.encode(prompt))

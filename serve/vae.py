@@ -1,15 +1,12 @@
 """The VAE's deployment: stored inputs to latents, latents to the files of a result."""
 
 import asyncio
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TypeVar
-
-import ray
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import Cancelled, PusaError
@@ -20,6 +17,8 @@ from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.preview import LatentColours, to_webp
 from pusa_dist.request import GenerationRequest
+from serve.lending import Lent
+from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact
@@ -46,6 +45,7 @@ class Vae:
         self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
         self._previews = ThreadPoolExecutor(1, "preview")
         self._colours: LatentColours | None = None
+        self._lent = Lent()
 
     async def encode(self, request: GenerationRequest, keys: Sequence[str]) -> TensorRef:
         """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
@@ -54,7 +54,7 @@ class Vae:
             inputs = [self._artifacts.read(key) for key in keys]
             check()
             try:
-                return TensorRef(ray.put(self._codec.encode_inputs(request, inputs)))
+                return self._lent.lend(self._codec.encode_inputs(request, inputs))
             except DecoderLostError as error:
                 raise ReplicaLostError(str(error)) from error
 
@@ -91,8 +91,8 @@ class Vae:
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            with tempfile.TemporaryDirectory(prefix="vae-") as folder:
-                files = write_files(Path(folder), request, _checked(self._codec.decode(values), check))
+            with scratch_folder("vae") as folder:
+                files = write_files(folder, request, _checked(self._codec.decode(values), check))
                 published = {}
                 for variant, (path, mime) in files.items():
                     check()

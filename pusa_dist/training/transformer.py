@@ -29,7 +29,7 @@ class BaseOptions:
 
     loop: LoopOptions = field(
         default_factory=lambda: LoopOptions(
-            steps=4000, batch_size=48, lr=1e-3, warmup=200, betas=(0.9, 0.99), ema=0.999, sample_every=500
+            steps=8000, cycle=4000, batch_size=48, lr=1e-3, warmup=200, betas=(0.9, 0.99), ema=0.999, sample_every=500
         )
     )
     num_clips: int = 6144
@@ -44,7 +44,7 @@ class AdaptOptions:
 
     loop: LoopOptions = field(
         default_factory=lambda: LoopOptions(
-            steps=1200, batch_size=16, lr=2e-3, warmup=40, betas=(0.9, 0.99), ema=0.99, sample_every=600
+            steps=2400, batch_size=16, lr=2e-3, warmup=40, betas=(0.9, 0.99), ema=0.99, sample_every=600
         )
     )
     num_clips: int = 6144

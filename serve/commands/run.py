@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 from pusa_dist.errors import ConfigError
 from serve.commands.options import read_config
 from serve.config import ServeConfig
+from serve.scratch import scratch_folder
 from serve.store.jobs import JobStore
 
 APP_NAME = "pusa"
@@ -56,13 +56,13 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
     require_loopback(config, host)
     stops: tuple[Any, ...] = (ray_serve.shutdown, ray.shutdown)
     # A short path: the sockets in it may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+    with scratch_folder("ray") as folder:
         ray.init(
             address="local",  # never join a cluster that happens to run on this machine
             num_cpus=max(_MIN_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             logging_level=logging.WARNING,
-            _temp_dir=folder,
+            _temp_dir=str(folder),
         )
         _on_signal(_interrupt)  # Ray has put its own handlers in place
         try:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from serve.policy.cost import StepShape as StepShape
-from serve.policy.cost import observed as observed
+from serve.policy.cost import StepShape
 
 PATIENCE = 5.0
 """A step is late after this many times its predicted duration."""

@@ -6,12 +6,12 @@ import pytest
 
 
 @contextmanager
-def own_bucket():
+def own_bucket(address="127.0.0.1"):
     """An S3 server in this process and a bucket in it; processes started meanwhile find both."""
     boto3 = pytest.importorskip("boto3")
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     credentials = {

@@ -65,11 +65,12 @@ def assert_as_undisturbed(client, job_of, job_id, undisturbed):
 def test_a_gang_that_is_told_to_leave_hands_over_within_a_step(client, job_of, undisturbed):
     job_id = running(client)
     before = set(replica_processes()["Rank"])
-    began = time.monotonic()
+    began, step = time.monotonic(), job_of(job_id).step
     assert asyncio.run(hand_over(ray.get_runtime_context().get_node_id(), 30.0)) == 1
     handed_over = time.monotonic() - began
     job = job_of(job_id)
-    assert job.checkpoint_step == job.step >= 11
+    # The step under way, and what was made before the store and the gang were told.
+    assert step <= job.checkpoint_step == job.step <= step + 3
     logger.info("handed over at step %d after %.2f s", job.step, handed_over)
     assert handed_over < 5.0
     # What was told to leave takes no more: the next gang goes on with the job.

@@ -117,7 +117,9 @@ def test_a_node_that_is_told_to_go_hands_over_its_jobs_first(cluster, stores, jo
         began = time.monotonic()
         going.send_signal(signal.SIGTERM)
         going.wait(60)
-        logger.info("the node was gone after %.1f s: %s", time.monotonic() - began, going.stdout.read()[-300:])
+        said = going.stdout.read()
+        logger.info("the node was gone after %.1f s: %s", time.monotonic() - began, said[-300:])
+        assert "jobs handed over: 1\n" in said
         assert staying.poll() is None
         completed(client, job_id, 240)
         job = job_of(job_id)

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own on loopback, from whatever the machine has."""
+"""A PostgreSQL server of our own, from whatever the machine has."""
 
 import os
 import shutil
@@ -16,8 +16,8 @@ SETTINGS = ("-c fsync=off", "-c synchronous_commit=off", "-c full_page_writes=of
 
 
 @contextmanager
-def own_postgres() -> Iterator[str]:
-    """Start a server; where there is none to start, skip by name.
+def own_postgres(address: str = "127.0.0.1") -> Iterator[str]:
+    """Start a server on an address of this machine; where there is none to start, skip by name.
 
     The machine's own PostgreSQL, else the one of the package pgserver.
     """
@@ -27,15 +27,15 @@ def own_postgres() -> Iterator[str]:
     # PostgreSQL refuses to run as root.
     user = "nobody" if os.geteuid() == 0 else None
     # Not below pytest's own folder, which every session that starts closes to other users again.
-    with tempfile.TemporaryDirectory(prefix="postgres-") as name, _running(programs, Path(name), user) as url:
+    with tempfile.TemporaryDirectory(prefix="postgres-") as name, _running(programs, Path(name), user, address) as url:
         yield url
 
 
 @contextmanager
-def _running(programs: Path, folder: Path, user: str | None) -> Iterator[str]:
+def _running(programs: Path, folder: Path, user: str | None, address: str) -> Iterator[str]:
     if user is not None:
         shutil.chown(folder, user)
-    port = _free_port()
+    port = _free_port(address)
 
     def run(program: str, *arguments: str) -> None:
         command = [str(programs / program), "-D", str(folder / "data"), *arguments]
@@ -43,10 +43,12 @@ def _running(programs: Path, folder: Path, user: str | None) -> Iterator[str]:
         assert done.returncode == 0, (program, _log(folder))
 
     run("initdb", "--username=tests", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} {' '.join(SETTINGS)}"
+    with (folder / "data/pg_hba.conf").open("a") as file:
+        file.write(f"host all all {address}/24 trust\n")
+    options = f"-p {port} -c listen_addresses={address} -c unix_socket_directories={folder} {' '.join(SETTINGS)}"
     run("pg_ctl", "-w", "-t", "120", "-l", str(folder / "log"), "-o", options, "start")
     try:
-        yield f"postgresql+psycopg://tests@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg://tests@{address}:{port}/postgres"
     finally:
         run("pg_ctl", "-w", "-m", "immediate", "stop")
 
@@ -71,7 +73,7 @@ def _log(folder: Path) -> str:
     return path.read_text(errors="replace")[-2000:] if path.exists() else "no log"
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])

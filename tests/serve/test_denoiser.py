@@ -270,11 +270,17 @@ def test_a_gang_that_leaves_hands_over_its_jobs_within_a_step_and_takes_no_more(
         reading = [asyncio.create_task(collect(stream)) for stream in streams]
         await asyncio.sleep(0.02)
         assert await denoiser.leave("another node") == 0
-        began = time.perf_counter()
+        began, before = time.perf_counter(), sum(one.step for one in denoiser._residents)
         assert await denoiser.leave(next(iter(rank.node_ids))) == 2
         assert time.perf_counter() - began < gang_workers.STEP_S + _LINGER_S + 0.3
+        after = 0
         for messages in await asyncio.gather(*reading):
             assert isinstance(messages[-1], Released)
+            if (checkpoint := messages[-1].checkpoint) is not None:
+                assert checkpoint.step == max(steps_of(messages))
+                after += checkpoint.step
+        # Nothing of what was done is lost, and nothing is done beyond the step that was under way.
+        assert before <= after <= before + 1
         with pytest.raises(GangUnavailableError, match="leaving"):
             await collect(denoise(denoiser, "late"))
         assert denoiser.state("anybody").is_closed

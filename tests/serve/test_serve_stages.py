@@ -7,7 +7,16 @@ from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError, TaskCan
 
 from pusa_dist.errors import GangError, NumericsError
 from serve.serve_stages import ActorGang, ServeStages
-from serve.stages import Assignment, Finished, GangUnavailableError, Progress, Released, ReplicaLostError, TensorRef
+from serve.stages import (
+    Assignment,
+    Finished,
+    GangUnavailableError,
+    Kept,
+    Progress,
+    Released,
+    ReplicaLostError,
+    TensorRef,
+)
 
 STEP = Progress(step=0, num_steps=4, seconds=0.0)
 GIVEN = Assignment(job_id="job", attempt=3, owner="me", request=None, source=None, claim=None)
@@ -37,6 +46,7 @@ class FakeCoordinator:
         self.generate = Method(lambda assignment: self.stream())
         self.drop = Method(lambda *job: self.dropped.append(job))
         self.hold = Method(lambda *arguments: self.answer())
+        self.take = Method(lambda *job: self.answer(TensorRef(job)))
 
     async def stream(self):
         for message in self.messages:
@@ -70,6 +80,23 @@ def test_a_failure_of_denoising_is_translated_once(messages, expected):
     with pytest.raises(expected) as caught:
         asyncio.run(drain(FakeCoordinator(messages)))
     assert type(caught.value) is expected
+
+
+def test_the_latents_of_a_finished_job_are_asked_for():
+    coordinator = FakeCoordinator([STEP, Kept()])
+    assert asyncio.run(drain(coordinator)) == [STEP, Finished(latents=TensorRef(("job", 3)))]
+    assert coordinator.dropped == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(ActorDiedError(), GangError), (task_error(ReplicaLostError("not kept")), ReplicaLostError)],
+)
+def test_latents_that_cannot_be_had_are_a_lost_attempt(error, expected):
+    coordinator = FakeCoordinator([STEP, Kept()])
+    coordinator.take = Method(lambda *job: coordinator.answer(error))
+    with pytest.raises(expected):
+        asyncio.run(drain(coordinator))
 
 
 def test_a_bug_keeps_its_own_type():

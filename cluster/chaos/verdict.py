@@ -1,0 +1,176 @@
+"""What must be true after all faults, judged from plain records."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_MEMORY_GROWTH = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one job."""
+
+    number: int
+    status: str
+    attempt: int
+    num_steps: int
+    steps_run: int
+    digests: Mapping[str, str]
+    """Of what it published, by variant."""
+
+    @property
+    def num_repeated(self) -> int:
+        """Steps that were made again."""
+        return self.steps_run - self.num_steps
+
+    @property
+    def num_hits(self) -> int:
+        """Faults that ended an attempt at it."""
+        return self.attempt - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Struck:
+    """A fault that was made."""
+
+    name: str
+    num_hit: int
+    """Jobs whose attempt it ended."""
+    must_hit: bool
+    whole_after_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traces:
+    """What the service takes when it has nothing to do."""
+
+    processes: Mapping[str, int]
+    """By role."""
+    placement_groups: int
+    actors: int
+    stray_files: Sequence[str]
+    """In its state folder, that belong to no result."""
+    memory_mib: Mapping[str, float]
+    """Resident, of the largest process of a role, without the object store that all share."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remains:
+    """What is there when the service was stopped."""
+
+    processes: Sequence[str]
+    temporary_files: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One line of the table."""
+
+    what: str
+    value: str
+    must_be: str
+    is_met: bool
+
+
+def figures_of_jobs(
+    reference: Sequence[Outcome], disturbed: Sequence[Outcome], num_jobs: int, num_completions: int, k: int
+) -> Iterator[Figure]:
+    """What became of the jobs.
+
+    Args:
+        reference: the same jobs without faults.
+        disturbed: with them.
+        num_jobs: that were asked for in each of the two.
+        num_completions: how often a result was published, in both together.
+        k: ``checkpoint_every``.
+    """
+    completed = [one for one in disturbed if one.status == "completed"]
+    yield _equal("jobs completed", len(completed), num_jobs)
+    yield _equal("jobs in the store", len(disturbed), num_jobs)
+    yield _equal("results published, reference and chaos", num_completions, len(reference) + num_jobs)
+    lost = [one.number for one in reference if one.status != "completed" or one.attempt != 1 or one.num_repeated]
+    yield _none("jobs of the reference that were not undisturbed", lost)
+    known = {one.number: one.digests for one in reference}
+    for variant in ("video", "frames"):
+        equal = sum(
+            variant in one.digests and one.digests[variant] == known.get(one.number, {}).get(variant)
+            for one in disturbed
+        )
+        yield _equal(f"{variant} bit-equal to the reference's", equal, num_jobs)
+    twice = [one.number for one in disturbed if one.steps_run >= 2 * one.num_steps]
+    yield _none("jobs that ran to the end twice", twice)
+    short = [one.number for one in completed if one.num_repeated < 0]
+    yield _none("jobs completed without all their steps", short)
+    yield most_repeated(disturbed, k)
+
+
+def most_repeated(disturbed: Sequence[Outcome], k: int) -> Figure:
+    """Steps made again for each fault that hit a job, of the job with most."""
+    repeated = {one.number: one.num_repeated / max(one.num_hits, 1) for one in disturbed}
+    above = [one.number for one in disturbed if one.num_repeated > k * one.num_hits]
+    most = max(repeated.values(), default=0.0)
+    value = f"{most:g}" + (f" (jobs above: {above})" if above else "")
+    return Figure("steps made again per fault that hit the job, at most", value, f"<= k = {k}", not above)
+
+
+def figures_of_faults(struck: Sequence[Struck], num_faults: int) -> Iterator[Figure]:
+    """Whether the run has shown anything."""
+    yield _equal("faults made while jobs ran", len(struck), num_faults)
+    yield _none(
+        "faults that should have hit a job and did not", [f.name for f in struck if f.must_hit and not f.num_hit]
+    )
+
+
+def figures_of_leaks(before: Traces, after: Traces, remains: Remains) -> Iterator[Figure]:
+    """What the faults left behind.
+
+    Memory is judged for growth only: processes that were started again hold less.
+    """
+    yield _same("processes of the idle service", before.processes, after.processes)
+    yield _at_most("actors", after.actors, before.actors)
+    yield _at_most("placement groups", after.placement_groups, before.placement_groups)
+    yield _none("stray files in the state folder", after.stray_files)
+    grown = {
+        role: mib / before.memory_mib[role] - 1 for role, mib in after.memory_mib.items() if role in before.memory_mib
+    }
+    worst = max(grown, key=lambda role: grown[role])
+    sizes = f"{worst}: {before.memory_mib[worst]:.0f} to {after.memory_mib[worst]:.0f} MiB"
+    yield Figure(
+        "growth of resident memory, of the role that grew most",
+        f"{grown[worst]:+.1%} ({sizes})",
+        f"<= {MAX_MEMORY_GROWTH:.0%}",
+        grown[worst] <= MAX_MEMORY_GROWTH,
+    )
+    yield _none("processes left after the stop", remains.processes)
+    yield _none("temporary files left after the stop", remains.temporary_files)
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Markdown."""
+    head = "| figure | value | must be | verdict |\n|---|---|---|---|\n"
+    rows = (f"| {one.what} | {one.value} | {one.must_be} | {'ok' if one.is_met else 'MISSED'} |\n" for one in figures)
+    return head + "".join(rows)
+
+
+def table_of_faults(struck: Sequence[Struck]) -> str:
+    """Markdown."""
+    head = "| fault | jobs hit | whole again after |\n|---|---|---|\n"
+    return head + "".join(f"| {one.name} | {one.num_hit} | {one.whole_after_s:.1f} s |\n" for one in struck)
+
+
+def _equal(what: str, value: int, wanted: int) -> Figure:
+    return Figure(what, f"{value}", f"{wanted}", value == wanted)
+
+
+def _at_most(what: str, value: int, limit: int) -> Figure:
+    return Figure(what, f"{value}", f"<= {limit}", value <= limit)
+
+
+def _same(what: str, before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
+    differing = {role: after.get(role, 0) for role in {*before, *after} if before.get(role, 0) != after.get(role, 0)}
+    value = f"{sum(after.values())}" + (f" ({differing})" if differing else "")
+    return Figure(what, value, f"{sum(before.values())}", not differing)
+
+
+def _none(what: str, found: Sequence[object]) -> Figure:
+    return Figure(what, f"{len(found)}" + (f" {list(found)[:5]}" if found else ""), "0", not found)
