@@ -10,7 +10,7 @@ TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench quality chaos lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -51,6 +51,15 @@ parity: $(STAMP)  ## compare with recorded tensors: make parity GOLDENS=tests/go
 bench: $(STAMP)  ## the engine against diffusers, and the service against a plain loop, in one run
 	$(BIN)/python -m pusa_dist bench
 	$(BIN)/python -m cluster.service_cost
+
+fairness: $(STAMP)  ## fair shares of tenants, on the real service and under virtual time
+	$(BIN)/python -m cluster.fairness
+
+memory: $(STAMP)  ## 200 jobs of mixed shapes, and what every process holds after them
+	$(BIN)/python -m cluster.memory
+
+storm: $(STAMP)  ## 1,000 creates over connections that break, and the latency of creates while the gang is busy
+	$(BIN)/python -m cluster.storm
 
 quality: $(STAMP)  ## the small model, alone and adapted, measured through the service: make quality PAIRS=256
 	$(BIN)/python -m cluster.quality --pairs $(PAIRS) --text-pairs $(TEXT_PAIRS) --out outputs/quality

@@ -1,16 +1,19 @@
 """Fair shares, measured: prints a table, and ends with 1 if a figure is missed.
 
-The scenarios run under virtual time, where the scheduling policy of the service decides over gangs that
-compute nothing: first one gang as it is usually tested, then a thousand.
+The scenarios of one gang run against the real service, with the ``debug`` model, and again under virtual
+time, where the scheduling policy of the service decides over gangs that compute nothing: one, then a thousand.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from statistics import median
 
 from cluster.outcome import Observation, delivered, jain, longest_wait_steps, slowdown
+from cluster.real_run import real_service
+from cluster.verdicts import Figure, table
 from cluster.virtual_run import observe
 from cluster.workload import FOUR_EQUAL, HEAD_OF_LINE, TWO_TO_ONE, Scenario, crowd
 
@@ -21,17 +24,6 @@ MIN_JAIN = 0.97
 MAX_WALL_S = 60.0
 
 Observe = Callable[[Scenario], Observation]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One line of the table."""
-
-    scenario: str
-    what: str
-    value: float
-    must_be: str
-    is_met: bool
 
 
 def figures(run: Observe) -> Iterator[Figure]:
@@ -56,14 +48,10 @@ def crowd_figures(run: Observe, scenario: Scenario) -> Iterator[Figure]:
     yield _jain(scenario.name, by_weight[1])
 
 
-def table(lines: Sequence[Figure]) -> str:
-    """Markdown."""
-    head = "| scenario | figure | value | must be | verdict |\n|---|---|---|---|---|\n"
-    rows = (
-        f"| {one.scenario} | {one.what} | {one.value:.3f} | {one.must_be} | {'ok' if one.is_met else 'MISSED'} |\n"
-        for one in lines
-    )
-    return head + "".join(rows)
+def real_figures() -> list[Figure]:
+    """The figures of one gang of the real service, started for that."""
+    with real_service("ABCD") as service:
+        return [_of("real", one) for one in figures(service.observe)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fairness", description=__doc__.splitlines()[0])
     parser.add_argument("--gangs", type=int, default=1000, help="of the crowd")
     parser.add_argument("--tenants", type=int, default=200, help="of the crowd")
+    parser.add_argument("--virtual-only", action="store_true", help="start no service")
     arguments = parser.parse_args(argv)
+    lines = [] if arguments.virtual_only else real_figures()
     began = time.perf_counter()
-    lines = list(figures(observe))
-    lines += crowd_figures(observe, crowd(arguments.gangs, arguments.tenants))
+    virtual = [*figures(observe), *crowd_figures(observe, crowd(arguments.gangs, arguments.tenants))]
     wall_s = time.perf_counter() - began
-    lines.append(Figure("all of these", "seconds of wall time", wall_s, f"<= {MAX_WALL_S:g}", wall_s <= MAX_WALL_S))
+    lines += [_of("virtual", one) for one in virtual]
+    lines.append(Figure("virtual: all", "seconds of wall time", wall_s, f"<= {MAX_WALL_S:g}", wall_s <= MAX_WALL_S))
     sys.stdout.write(table(lines))
     return 0 if all(one.is_met for one in lines) else 1
+
+
+def _of(kind: str, figure: Figure) -> Figure:
+    return replace(figure, scenario=f"{kind}: {figure.scenario}")
 
 
 def _head_of_line(scenario: str, seen: Observation, tenants: Sequence[str], others: Sequence[str]) -> Iterator[Figure]:
@@ -88,6 +82,16 @@ def _head_of_line(scenario: str, seen: Observation, tenants: Sequence[str], othe
     yield Figure(
         scenario, "longest wait for the first step, in steps", wait, f"<= {MAX_WAIT_STEPS:g}", wait <= MAX_WAIT_STEPS
     )
+    yield from _waits(scenario, seen, tenants)
+
+
+def _waits(scenario: str, seen: Observation, tenants: Sequence[str]) -> Iterator[Figure]:
+    """Told, not judged: whom those waited for whose latency is judged."""
+    waits = [one.waits for one in seen.outcomes if one.tenant in tenants and one.waits]
+    for role in waits[0] if waits else ():
+        seconds = [one[role] for one in waits]
+        yield Figure(scenario, f"median wait for the {role}, seconds", median(seconds), "-", True)
+        yield Figure(scenario, f"longest wait for the {role}, seconds", max(seconds), "-", True)
 
 
 def _share(scenario: str, ratio: float) -> Figure:

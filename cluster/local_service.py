@@ -1,5 +1,6 @@
 """A service of our own for as long as a ``with`` block lasts, for the demo and the measurements."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -9,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
+COMMAND_TIMEOUT_S = 120.0
 
 
 def free_port() -> int:
@@ -94,12 +97,52 @@ def stop(service: Service) -> None:
 @contextmanager
 def local_service(model: str, state: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
     """Start a service, yield its URL when ready, stop it at the end; arguments and errors as of the above."""
+    with running_service(model, state, arguments) as service:
+        yield service.url
+
+
+@contextmanager
+def running_service(
+    model: str,
+    state: Path,
+    arguments: Sequence[str] = (),
+    *,
+    settings: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Iterator[Service]:
+    """Start a service, yield it when ready, stop it at the end; arguments and errors as of the above.
+
+    Args:
+        model: as of ``start``.
+        state: as of ``start``.
+        arguments: as of ``start``.
+        settings: of its configuration file; None: the defaults.
+        headers: as of ``wait_until_ready``.
+    """
+    if settings is not None:
+        state.mkdir(parents=True, exist_ok=True)
+        config = state / "service.yaml"
+        config.write_text(json.dumps(settings))  # which is YAML, too
+        arguments = [*arguments, "--config", str(config)]
     service = start(model, state, arguments)
     try:
-        wait_until_ready(service)
-        yield service.url
+        wait_until_ready(service, headers)
+        yield service
     finally:
         stop(service)
+
+
+def serve_command(state: Path, *arguments: str) -> str:
+    """Run ``python -m serve ...`` on the store in a folder, of a service or before there is one; what it printed.
+
+    Raises:
+        RuntimeError: the command failed; the message ends with its last output.
+    """
+    line = [sys.executable, "-m", "serve", *arguments, "--state", str(state)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT_S)
+    if done.returncode:
+        raise RuntimeError(f"serve {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout.strip()
 
 
 def _tail(log: Path) -> str:

@@ -81,6 +81,17 @@ def make(client: httpx.Client, order: Order) -> Video:
         RuntimeError: the service refused the order, or the job did not complete.
     """
     began = time.monotonic()
+    video_id = completed(client, order)
+    frames = read_frames(download(client, video_id, "frames"))
+    return Video(id=video_id, frames=frames, seconds=time.monotonic() - began)
+
+
+def completed(client: httpx.Client, order: Order) -> str:
+    """Order a video and wait for it as the service asks to; returns its id.
+
+    Raises:
+        RuntimeError: the service refused the order, or the job did not complete.
+    """
     created = submit(client, order)
     job = created.json()
     pause_s = int(created.headers.get("openai-poll-after-ms", DEFAULT_POLL_MS)) / 1000
@@ -89,8 +100,8 @@ def make(client: httpx.Client, order: Order) -> Video:
         job = _checked(client.get(f"/v1/videos/{job['id']}")).json()
     if job["status"] != "completed":
         raise RuntimeError(f"job {job['id']} ({order.prompt!r}, seed {order.seed}): {job['error']}")
-    frames = read_frames(download(client, job["id"], "frames"))
-    return Video(id=job["id"], frames=frames, seconds=time.monotonic() - began)
+    video_id: str = job["id"]
+    return video_id
 
 
 def submit(client: httpx.Client, order: Order, headers: Mapping[str, str] | None = None) -> httpx.Response:

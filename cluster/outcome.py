@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 
@@ -18,6 +18,8 @@ class Outcome:
     """Its first step began."""
     denoised_at: float
     ended_at: float
+    waits: Mapping[str, float] = field(default_factory=dict)
+    """Seconds more than when idle, by the role it waited for; empty: not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,8 @@ class Times:
     """Writing the checkpoint of a job that leaves its gang with steps done."""
     poll_s: float = 0.1
     """Between two looks at the queue."""
+    arrange_s: float = 0.0
+    """From a gang's turning to another job to a look at who could follow; a ready job causes one at once."""
 
 
 @dataclass(slots=True)
@@ -137,6 +139,10 @@ class _Gang:
     """Virtual time of the running job."""
     left: float = 0.0
     """Gang-seconds left of it."""
+    is_ending: bool = False
+    """It makes its last step."""
+    next_at: float = -inf
+    """Virtual time of the job that waits for it to end."""
 
 
 class VirtualCluster:
@@ -199,7 +205,8 @@ class VirtualCluster:
         """Gangs whose jobs are others since placement last looked."""
         self._fresh: set[str] = set()
         """Jobs that became ready since placement last looked."""
-        self._is_polling = self._is_placing = self._may_claim = False
+        self._is_polling = self._may_claim = False
+        self._place_at = inf
 
     def ask(self, ask: Ask) -> None:
         """A client creates a job, now."""
@@ -311,13 +318,16 @@ class VirtualCluster:
         self._fresh.add(job.ask.id)
         self._place_soon()
 
-    def _place_soon(self) -> None:
-        if not self._is_placing:
-            self._is_placing = True
-            self._loop.after(0.0, self._place)
+    def _place_soon(self, after_s: float = 0.0) -> None:
+        when = self._loop.now + after_s
+        if when < self._place_at:
+            self._place_at = when
+            self._loop.at(when, partial(self._place, when))
 
-    def _place(self) -> None:
-        self._is_placing = False
+    def _place(self, when: float) -> None:
+        if when != self._place_at:
+            return  # an earlier look has taken the place of this one
+        self._place_at = inf
         gangs, most = self._to_look_at()
         self._changed.clear()
         self._fresh.clear()
@@ -361,20 +371,26 @@ class VirtualCluster:
         if num_ready > len(self._idle):
             open_gangs = (self._gangs[name] for name in self._open)
             names |= {gang.name: None for gang in nsmallest(num_ready, open_gangs, key=lambda gang: gang.left)}
-        num_interrupting = sum(self._may_interrupt(self._ready[name]) for name in self._fresh)
-        if num_interrupting:
-            furthest = nlargest(2 * num_interrupting + 8, gangs, key=lambda gang: gang.progress)
-            names |= {gang.name: None for gang in furthest}
+        starts = [
+            start
+            for job in (self._ready[name] for name in self._fresh)
+            if (start := self._start_of(job)) + job.cost / job.weight <= self._furthest
+        ]
+        if starts:
+            first, most = min(starts), 2 * len(starts) + 8
+            names |= {gang.name: None for gang in nlargest(most, gangs, key=lambda gang: gang.progress)}
+            ending = (gang.name for gang in gangs if gang.is_ending and gang.next_at > first)
+            names |= dict.fromkeys(islice(ending, most))
         return [self._gangs[name] for name in names], len(names) + len(self._fresh)
 
-    def _may_interrupt(self, job: _Job) -> bool:
+    def _start_of(self, job: _Job) -> float:
+        """Where its tenant's virtual time is when it begins."""
         tenant, weight = job.ask.tenant, job.weight
         urgent, batch = (self._on_gangs.get((tenant, is_urgent), 0.0) for is_urgent in (True, False))
         if job.is_urgent(self._loop.now) and batch:
-            return True
+            return -inf
         credit = job.cost + 2 * self._times.switch_s
-        start = max(self._standings[tenant].virtual_time + (urgent + batch) / weight, self._clock - credit / weight)
-        return start + job.cost / weight <= self._furthest
+        return max(self._standings[tenant].virtual_time + (urgent + batch) / weight, self._clock - credit / weight)
 
     def _view(self, gang: _Gang) -> Gang:
         return Gang(
@@ -431,6 +447,10 @@ class VirtualCluster:
         self._open.pop(gang.name, None)
         if not gang.jobs:
             gang.progress, gang.left = -inf, 0.0
+        waiting = [
+            job.resident.virtual_time for name, job in gang.jobs.items() if name != gang.running and job.resident
+        ]
+        gang.next_at = waiting[0] if len(waiting) == 1 and not gang.leaving else -inf
         if len(gang.jobs) <= self._max_resident and not gang.is_draining:
             (self._open if gang.jobs else self._idle)[gang.name] = None
 
@@ -452,12 +472,13 @@ class VirtualCluster:
             gang.jobs[gang.running].record.num_interrupted += 1
         if gang.running != first:
             self._look(gang)
-            self._place_soon()
+            self._place_soon(self._times.arrange_s)
         gang.running = first
         stepping = [gang.jobs[name] for name in gang.stepping]
         resident = stepping[0].resident
         assert resident is not None
         gang.progress, gang.left = resident.virtual_time, resident.cost
+        gang.is_ending = resident.claim.num_steps - resident.step <= 1
         self._furthest = max(self._furthest, gang.progress)
         seconds = max(job.ask.step_s * job.ask.slowness for job in stepping) * len(stepping)
         if stepping[0].ask.lora != gang.lora:
@@ -478,7 +499,7 @@ class VirtualCluster:
                 self._leave(job, gang)
         self._go(gang)
         if gang.name in self._changed:
-            self._place_soon()
+            self._place_soon(self._times.arrange_s if gang.jobs else 0.0)
 
     def _charge(self, job: _Job) -> None:
         ask, resident = job.ask, job.resident

@@ -14,7 +14,9 @@ def observe(scenario: Scenario) -> Observation:
     # Steps of the usual video take a second, and the rest of the path the share of it that was measured.
     unit_s = _step_s(Video())
     step_s = {one.tenant: _step_s(one.video) / unit_s for one in scenario.streams}
-    times = Times(prepare_s=0.5, decode_s=1.0, poll_s=0.1 if scenario.num_gangs < 100 else 1.0)
+    # Of a crowd something changes a hundred times a second; that is looked at ten times.
+    is_crowd = scenario.num_gangs >= 100
+    times = Times(prepare_s=0.5, decode_s=1.0, poll_s=1.0 if is_crowd else 0.1, arrange_s=0.1 if is_crowd else 0.0)
     idle_s = {
         one.tenant: times.prepare_s + one.video.num_steps * step_s[one.tenant] + times.decode_s
         for one in scenario.streams

@@ -93,6 +93,7 @@ class _Seat:
     is_leaving: bool = False
     placed: asyncio.Event = field(default_factory=asyncio.Event)
     silence: asyncio.Timeout | None = None
+    ready_at: float = field(default_factory=time.perf_counter)
 
     @property
     def job(self) -> Job:
@@ -301,6 +302,7 @@ class Gangs:
         attempt.at("denoise", message.step)
         if message.seconds == 0.0:
             return
+        attempt.seconds.setdefault("wait", max(0.0, time.perf_counter() - message.seconds - seat.ready_at))
         if gang.running != seat.job.id:
             gang.running = seat.job.id
             self._changed.set()

@@ -55,6 +55,7 @@ class VideoFacts(BaseModel):
     precision: str | None
     revision: str
     stage_seconds: dict[str, float]
+    """Of every stage it has been through; ``wait`` is the part of ``denoise`` before its first step began."""
     request: dict[str, Any]
     """Every value that was used, defaults included."""
 

@@ -109,6 +109,11 @@ class _Room:
         """Whether a job may follow the running one."""
         return not (self.waiting or self.is_spoken_for)
 
+    @property
+    def has_place(self) -> bool:
+        """Whether one more may wait beside those that its ranks hold."""
+        return not self.is_spoken_for and len(self.gang.residents) <= self.gang.max_resident
+
     def fits(self, job: Resident) -> bool:
         """Whether memory allows one more."""
         limit = self.gang.max_tokens
@@ -157,6 +162,11 @@ class _Board:
         for room in sorted(busy, key=lambda room: room.running.cost, reverse=True):
             if room.is_open and not room.num_leaving:
                 self._soonest.setdefault(room.running.claim.lora, []).append(room)
+        self._ending = [
+            (room.waiting[0], room)
+            for room in busy
+            if len(room.waiting) == 1 and room.has_place and room.running.claim.num_steps - room.running.step <= 1
+        ]
         self._emptying = [room for room in busy if room.num_leaving and not room.waiting]
         self._last = [(one, room) for room in busy for one in room.waiting if not self._is_interrupting(one, room)]
         self._last.sort(key=lambda pair: precedence(pair[0]))
@@ -168,7 +178,7 @@ class _Board:
 
     def follows(self, job: Resident) -> None:
         """Give a job to a gang for when its running job has ended; it may have to wait for a place."""
-        if not self._follow(job):
+        if not (self._overtake(job) or self._follow(job)):
             self._replace(job)
 
     def _interrupt(self, job: Resident, rooms: list[_Room]) -> bool:
@@ -200,6 +210,21 @@ class _Board:
 
     def _is_interrupting(self, job: Resident, room: _Room) -> bool:
         return preempts(job, room.running, self._switch_s)
+
+    def _overtake(self, job: Resident) -> bool:
+        """Beside the one that is next on a gang that makes a last step, and before it.
+
+        With many gangs one is always about to be free: the first in order gets it, though others were given theirs
+        ahead of time, and need not wait for the end of a job that has just begun.
+        """
+        for index in range(len(self._ending) - 1, -1, -1):
+            next_one, room = self._ending[index]
+            is_first = precedence(job) < precedence(next_one)
+            if is_first and room.fits(job) and room.waiting == [next_one]:
+                del self._ending[index]
+                self._enter(job, room, wait=False)
+                return True
+        return False
 
     def _follow(self, job: Resident) -> bool:
         """After the running job of the gang that is first done with its own, or in the next place that becomes free."""

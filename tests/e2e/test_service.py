@@ -86,7 +86,7 @@ def test_a_photograph_and_a_prompt_become_a_playable_video(client):
     )
     response.raise_for_status()
     video = completed(client, response.json()["id"])
-    assert set(video["pusa"]["stage_seconds"]) == {"text", "encode", "denoise", "decode"}
+    assert set(video["pusa"]["stage_seconds"]) == {"text", "encode", "wait", "denoise", "decode"}
     content = client.get(f"/v1/videos/{video['id']}/content").raise_for_status().content
     with av.open(io.BytesIO(content)) as file:
         frames = [frame.to_ndarray(format="rgb24").shape for frame in file.decode(video=0)]

@@ -261,7 +261,7 @@ def test_a_job_goes_through_its_stages_by_reference(world):
     assert job.status == "completed"
     assert job.precision == "fp32"
     assert world.artifacts.read(job.results["video"].key) == b"mp4"
-    assert set(job.seconds) == {"text", "encode", "denoise", "decode"}
+    assert set(job.seconds) == {"text", "encode", "wait", "denoise", "decode"}
     conditions = Conditions(context=TensorRef("a"), negative=TensorRef("b"), given=TensorRef("given"))
     assert ("denoise", "j", conditions) in world.stages.calls
     assert ("decode", "j", "latents") in world.stages.calls

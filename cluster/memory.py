@@ -1,0 +1,139 @@
+"""Memory that does not grow: many jobs of mixed shapes through one gang, and what every process holds after them.
+
+Compares resident memory, by role, after the last job with that after an early one.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from cluster.chaos.processes import command_of, descendants, resident_mib, role_of
+from cluster.local_service import running_service
+from cluster.orders import Order, completed
+
+MAX_GROWTH = 0.05
+SETTLE_S = 3.0
+"""After the last of some jobs, so that what is freed late is freed."""
+SHAPES = tuple((size, frames) for frames in (5, 9, 17) for size in ("64x64", "96x64", "64x96", "128x96", "96x96"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One of the service's."""
+
+    pid: int
+    role: str
+    resident_mib: float
+    """Of its own: the object store that it shares is sized, not grown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Of one role."""
+
+    role: str
+    before: float
+    after: float
+    """MiB, over all its processes."""
+
+    @property
+    def by(self) -> float:
+        """As a part of what it was."""
+        return self.after / self.before - 1
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it stayed within the limit."""
+        return self.by <= MAX_GROWTH
+
+
+def growth(before: Iterable[Process], after: Iterable[Process]) -> list[Growth]:
+    """What every role that was there before holds now; only processes that were there both times count."""
+    lists = [list(before), list(after)]
+    both = set.intersection(*({one.pid for one in several} for several in lists))
+    was, now = (_by_role(one for one in several if one.pid in both) for several in lists)
+    return [Growth(role, held, now[role]) for role, held in sorted(was.items())]
+
+
+def table(lines: Sequence[Growth]) -> str:
+    """Markdown."""
+    head = "| role | before, MiB | after, MiB | growth | must be | verdict |\n|---|---|---|---|---|---|\n"
+    rows = (
+        f"| {one.role} | {one.before:.0f} | {one.after:.0f} | {one.by:+.1%} | <= {MAX_GROWTH:.0%} "
+        f"| {'ok' if one.is_met else 'MISSED'} |\n"
+        for one in lines
+    )
+    return head + "".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; exit code 1 when a role has grown."""
+    parser = argparse.ArgumentParser(prog="memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--early", type=int, default=20, help="jobs before the first measurement")
+    arguments = parser.parse_args(argv)
+    with (
+        tempfile.TemporaryDirectory(prefix="pusa-memory-") as folder,
+        running_service("debug", Path(folder) / "state") as service,
+        httpx.Client(base_url=service.url, timeout=60) as client,
+    ):
+        _run(client, range(arguments.early))
+        before = processes(service.process.pid)
+        _run(client, range(arguments.early, arguments.jobs))
+        lines = growth(before, processes(service.process.pid))
+    sys.stdout.write(f"after {arguments.early} jobs and after {arguments.jobs}:\n{table(lines)}")
+    return 0 if all(one.is_met for one in lines) else 1
+
+
+def processes(ancestor: int) -> list[Process]:
+    """The processes of a service; those without a role of their own are called by their program."""
+    found = []
+    for pid in (ancestor, *descendants(ancestor)):
+        command = command_of(pid)
+        if command and command[0] and not command[0].startswith("ray::IDLE"):
+            role = role_of(command) or program(command)
+            found.append(Process(pid=pid, role=role, resident_mib=resident_mib(pid)))
+    return found
+
+
+def program(command: Sequence[str]) -> str:
+    """What runs: the module or script of a Python, else the file."""
+    name = Path(command[0]).name
+    if not name.startswith("python"):
+        return name
+    if "-m" in command:
+        return f"python -m {command[command.index('-m') + 1]}"
+    return next((Path(one).name for one in command if one.endswith(".py")), name)
+
+
+def _run(client: httpx.Client, numbers: Sequence[int]) -> None:
+    """Two at a time, so that the gang always has a second resident."""
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda number: _one(client, number), numbers):
+            pass
+    time.sleep(SETTLE_S)
+
+
+def _one(client: httpx.Client, number: int) -> None:
+    size, frames = SHAPES[number % len(SHAPES)]
+    settings = {"num_frames": frames, "num_inference_steps": 2 + number % 3, "guidance_scale": 1.0 + 4.0 * (number % 2)}
+    completed(client, Order(prompt=f"number {number}", seed=number, size=size, settings=settings))
+
+
+def _by_role(several: Iterable[Process]) -> Mapping[str, float]:
+    held: dict[str, float] = defaultdict(float)
+    for one in several:
+        held[one.role] += one.resident_mib
+    return held
+
+
+if __name__ == "__main__":
+    sys.exit(main())
