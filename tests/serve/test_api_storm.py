@@ -182,7 +182,7 @@ def test_exactly_one_job_for_every_order_however_often_connections_break(
     assert all(isinstance(job.request, GenerationRequest) for job in jobs)
     assert {status for status in statuses if status >= 500} == set(), statuses
     assert statuses[200] > num_orders  # some answers were lost, and given again
-    assert set(breaks) == {"request lost", "request cut off", "client gone", "answer lost"}, breaks
+    assert set(breaks) >= {"request lost", "request cut off", "client gone", "answer lost"}, breaks
 
 
 def count_answers(monkeypatch: pytest.MonkeyPatch, statuses: Counter[int]) -> None:
