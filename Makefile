@@ -8,9 +8,10 @@ MODEL ?= tiny
 PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
+CRDS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench quality lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench quality manifests lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -54,6 +55,9 @@ bench: $(STAMP)  ## the engine against diffusers, and the service against a plai
 
 quality: $(STAMP)  ## the small model, alone and adapted, measured through the service: make quality PAIRS=256
 	$(BIN)/python -m cluster.quality --pairs $(PAIRS) --text-pairs $(TEXT_PAIRS) --out outputs/quality
+
+manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifests CRDS=folder of KubeRay's CRD schemas
+	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt
