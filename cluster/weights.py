@@ -1,7 +1,7 @@
-"""``python -m cluster.weights``: weights brought to a node's disk and compared with their digests, as an init container.
+"""``python -m cluster.weights``: weights brought to a node's disk and held against their digests.
 
-A file that is there and right is left alone, so on a disk that is kept the second start only reads. Whatever is wrong
-at the end is said by name, and the pod does not start.
+The init container of every pod that computes. A file that is there and right is left alone, so on a disk
+that is kept the second start only reads. What is wrong at the end is said by name, and the pod does not start.
 """
 
 import argparse

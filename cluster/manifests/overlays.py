@@ -1,5 +1,6 @@
 """All checks of all overlays, the Serve config files and the Dockerfiles."""
 
+import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Any
 
 from cluster.manifests import dockerfiles
 from cluster.manifests.finding import Finding, Object, Result, apply
+from cluster.manifests.objects import title
 from cluster.manifests.render import MissingToolError, RenderError, overlays, render
 from cluster.manifests.rules import serve_config
 from cluster.manifests.rules.all_rules import RULES
-from cluster.manifests.objects import title
 from cluster.manifests.schemas import core_objects, custom_resources
 
 _NO_DIGEST = "0" * 64
@@ -75,7 +76,7 @@ def _to_fill_in(objects: Sequence[Object]) -> Iterator[str]:
                 yield f"{title(one)}: digests of zeros"
         if one.get("kind") == "Secret":
             texts = (one.get("stringData") or {}).values()
-            if any(not line or line.endswith("=") for text in texts for line in text.splitlines() or [""]):
+            if any(not text or re.search(r"\w=$", text, re.MULTILINE) for text in texts):
                 yield f"{title(one)}: see secrets.example.yaml"
 
 

@@ -27,7 +27,10 @@ def names_resolve(objects: Sequence[Object]) -> list[Finding]:
     return [
         Finding(pods.where, "no NetworkPolicy lets it ask for names (UDP 53)")
         for pods in ray_pods(objects)
-        if not any(_opens(rule, 53, pods) for rule, _ in _rules(objects, "egress", pods))
+        if not any(
+            _opens(rule, 53, pods) and (_outside(rule) or not rule.get("to"))
+            for rule, _ in _rules(objects, "egress", pods)
+        )
     ]
 
 
@@ -133,7 +136,10 @@ def _names_one_namespace(peer: dict[str, Any]) -> bool:
 
 
 def _outside(rule: dict[str, Any]) -> bool:
-    return any("namespaceSelector" in peer or "ipBlock" in peer for peer in rule.get("from") or [])
+    return any(
+        "namespaceSelector" in peer or "ipBlock" in peer
+        for peer in [*(rule.get("from") or []), *(rule.get("to") or [])]
+    )
 
 
 RULES = (

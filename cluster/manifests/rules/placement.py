@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.manifests.application import Deployment
 from cluster.manifests.finding import Finding, Object
-from cluster.manifests.objects import Pods, dig, of_kind, quantity, ray_pods, ray_services, title
+from cluster.manifests.objects import Pods, cluster_of, dig, of_kind, quantity, ray_pods, ray_services, title
 from cluster.manifests.rules.pods import GPU
 from cluster.manifests.rules.serve_config import every_deployment, serve_configs
 
@@ -64,10 +64,12 @@ def groups_hold_every_replica(objects: Sequence[Object]) -> list[Finding]:
 def groups_are_used(objects: Sequence[Object]) -> list[Finding]:
     """A worker group that no deployment may run on only costs."""
     wanted = every_deployment(objects)
+    if not wanted or not all(_candidates(objects, one) for one in wanted):
+        return []  # rules of their own
     return [
         Finding(pods.where, "no deployment of the application may run on it")
         for pods in ray_pods(objects)
-        if not pods.is_head and wanted and not any(pods in _candidates(objects, one) for one in wanted)
+        if not pods.is_head and not any(pods in _candidates(objects, one) for one in wanted)
     ]
 
 
@@ -108,7 +110,7 @@ def proxies_are_on_workers(objects: Sequence[Object]) -> list[Finding]:
     return [
         Finding(title(one), "proxy_location must be EveryNode: the head is not in the service")
         for one in ray_services(objects)
-        if dig(one, "spec", "excludeHeadPodFromServeSvc")
+        if dig(one, "spec", "excludeHeadPodFromServeSvc") and cluster_of(one).get("workerGroupSpecs")
         for config in serve_configs([one])
         if config.get("proxy_location", "EveryNode") != "EveryNode"
     ]
