@@ -130,6 +130,12 @@ def autoscaler_is_set_by_fields(objects):
     ray(objects, "head")["env"].append({"name": "RAY_enable_autoscaler_v2", "value": "1"})
 
 
+@variant(KIND)
+def autoscaler_shares_the_logs(objects):
+    for values in (ray(objects, "head")["volumeMounts"], pod(objects, "head")["volumes"]):
+        named(values, "ray-logs")["name"] = "logs"
+
+
 @variant(PRODUCTION)
 def redis_is_set_by_options(objects):
     ray(objects, "head")["env"].append({"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"})
@@ -279,7 +285,7 @@ def pods_are_unprivileged(objects):
 
 @variant(KIND)
 def pods_leave_the_host_alone(objects):
-    volume = named(pod(objects, "vae")["volumes"], "ray")
+    volume = named(pod(objects, "vae")["volumes"], "ray-logs")
     volume["hostPath"] = {"path": "/tmp/ray"}
     del volume["emptyDir"]
 

@@ -102,6 +102,18 @@ def autoscaler_is_set_by_fields(objects: Sequence[Object]) -> list[Finding]:
     ]
 
 
+def autoscaler_shares_the_logs(objects: Sequence[Object]) -> list[Finding]:
+    """The autoscaler beside the head works in /tmp/ray; the operator shares a volume with it by this name only."""
+    return [
+        Finding(pods.where, f"/tmp/ray must be the volume ray-logs, not {mount['name']}")
+        for one in ray_services(objects)
+        if cluster_of(one).get("enableInTreeAutoscaling")
+        for pods in ray_pods([one])[:1]
+        for mount in pods.ray.get("volumeMounts") or []
+        if mount.get("mountPath") == "/tmp/ray" and mount["name"] != "ray-logs"
+    ]
+
+
 def redis_is_set_by_options(objects: Sequence[Object]) -> list[Finding]:
     """The operator makes the variables and start parameters of Redis itself and refuses them from others."""
     found = [
@@ -147,6 +159,7 @@ RULES = (
     auth_is_by_token,
     autoscaler_is_v2,
     autoscaler_is_set_by_fields,
+    autoscaler_shares_the_logs,
     redis_is_set_by_options,
     redis_password_is_a_secret,
 )
