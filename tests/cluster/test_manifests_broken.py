@@ -101,6 +101,11 @@ def cluster_has_no_upgrade_strategy(objects):
 
 
 @variant(KIND)
+def head_service_is_unnamed(objects):
+    group(objects, "head")["headService"] = {"metadata": {"name": "pusa-head"}}
+
+
+@variant(KIND)
 def nothing_is_suspended(objects):
     group(objects, "vae")["suspend"] = True
 
@@ -204,6 +209,11 @@ def lone_head_serves(objects):
 def ray_container_is_first(objects):
     sidecar = copy.deepcopy(ray(objects, "vae")) | {"name": "log-shipper"}
     pod(objects, "vae")["containers"].insert(0, sidecar)
+
+
+@variant(KIND)
+def names_are_used_once(objects):
+    ray(objects, "vae")["env"].append({"name": "AWS_CONFIG_FILE", "value": "/etc/pusa/bucket/config"})
 
 
 @variant(KIND)

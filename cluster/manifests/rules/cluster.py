@@ -30,6 +30,15 @@ def cluster_has_no_upgrade_strategy(objects: Sequence[Object]) -> list[Finding]:
     ]
 
 
+def head_service_is_unnamed(objects: Sequence[Object]) -> list[Finding]:
+    """Two clusters are up during an upgrade; the operator names each one's head service itself."""
+    return [
+        Finding(where, "headGroupSpec.headService.metadata.name must not be set below a RayService")
+        for where, cluster in _clusters(objects)
+        if dig(cluster, "headGroupSpec", "headService", "metadata", "name")
+    ]
+
+
 def nothing_is_suspended(objects: Sequence[Object]) -> list[Finding]:
     """``suspend`` of a cluster belongs to the RayService, and of a group to nobody: the autoscaler owns it."""
     found = [
@@ -153,6 +162,7 @@ def _clusters(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
 RULES = (
     ray_version_is_ours,
     cluster_has_no_upgrade_strategy,
+    head_service_is_unnamed,
     nothing_is_suspended,
     manager_is_known,
     only_default_gates_are_used,

@@ -33,6 +33,26 @@ def ray_container_is_first(objects: Sequence[Object]) -> list[Finding]:
     ]
 
 
+def names_are_used_once(objects: Sequence[Object]) -> list[Finding]:
+    """Patches that were added instead of merged: the API server takes the last of two variables, silently."""
+    found = []
+    for pods in all_pods(objects):
+        lists = [(pods.where, "volumes", "name"), (pods.where, "containers", "name")]
+        values = [(where, dig(pods.spec, key, default=[]), field) for where, key, field in lists]
+        for container in pods.all_containers:
+            where = f"{pods.where} {container.get('name')}"
+            keys = (("env", "name"), ("volumeMounts", "mountPath"), ("ports", "containerPort"))
+            values += [(where, container.get(key) or [], field) for key, field in keys]
+        for where, each, field in values:
+            names = [one.get(field) for one in each]
+            found += [
+                Finding(where, f"{field} {name} is there twice")
+                for name in dict.fromkeys(names)
+                if names.count(name) > 1
+            ]
+    return found
+
+
 def images_are_pinned(objects: Sequence[Object]) -> list[Finding]:
     """A tag with a version in it, or a digest."""
     return [
@@ -45,7 +65,7 @@ def images_are_pinned(objects: Sequence[Object]) -> list[Finding]:
 
 
 def resources_are_declared(objects: Sequence[Object]) -> list[Finding]:
-    """The quota refuses a container that does not say what it needs, and Ray sizes a node by it."""
+    """Kubernetes places a pod by what it asks for, and Ray sizes a node by it."""
     containers = [
         (f"{pods.where} {container.get('name')}", container)
         for pods in all_pods(objects)
@@ -188,6 +208,7 @@ def _with_replicas(objects: Sequence[Object]) -> list[Pods]:
 
 RULES = (
     ray_container_is_first,
+    names_are_used_once,
     images_are_pinned,
     resources_are_declared,
     ray_memory_is_its_own,

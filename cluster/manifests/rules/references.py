@@ -101,8 +101,7 @@ def priority_classes_exist(objects: Sequence[Object]) -> list[Finding]:
 
 def selectors_match(objects: Sequence[Object]) -> list[Finding]:
     """Every selector takes some pod, and none names a cluster, whose name is made anew by every upgrade."""
-    # The operator's job that empties Redis is made by it, and by nobody here.
-    labels = [pods.labels for pods in all_pods(objects)]
+    labels = [*(pods.labels for pods in all_pods(objects)), *_made_by_controllers(objects)]
     return [
         Finding(where, "the selector takes no pod of ours" if selector else "the selector is empty")
         for where, selector in _selectors(objects)
@@ -131,6 +130,15 @@ def named_ports_exist(objects: Sequence[Object]) -> list[Finding]:
             for probe in ("livenessProbe", "readinessProbe", "startupProbe"):
                 found += _unnamed(pods.where, dig(container, probe, "httpGet", "port"), [pods])
     return found
+
+
+def _made_by_controllers(objects: Sequence[Object]) -> Iterator[dict[str, str]]:
+    """Labels of pods that are in no manifest: an upgrade's Gateway, and the job that empties Redis."""
+    for one in ray_services(objects):
+        if dig(one, "spec", "upgradeStrategy", "clusterUpgradeOptions"):
+            yield {"gateway.networking.k8s.io/gateway-name": f"{dig(one, 'metadata', 'name')}-gateway"}
+        if "gcsFaultToleranceOptions" in cluster_of(one):
+            yield {"ray.io/node-type": "redis-cleanup"}
 
 
 def _meant(objects: Sequence[Object], selector: Any) -> list[Pods]:
