@@ -241,6 +241,11 @@ def shared_memory_is_sized(objects):
     del named(pod(objects, "denoiser")["volumes"], "shm")["emptyDir"]["sizeLimit"]
 
 
+@variant(PRODUCTION)
+def disk_is_asked_for(objects):
+    named(pod(objects, "text-encoder")["volumes"], "weights")["emptyDir"]["sizeLimit"] = "400Gi"
+
+
 @variant(KIND)
 def probes_are_the_operators(objects):
     ray(objects, "gateway")["readinessProbe"] = {"httpGet": {"path": "/health", "port": "serve"}}

@@ -22,6 +22,7 @@ _VARIABLES = ("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "RAY_ENABLE_ZERO_COPY_T
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 _STAYS = ("cluster-autoscaler.kubernetes.io/safe-to-evict", "karpenter.sh/do-not-disrupt")
 _AFTER_NOTICE_S = 30.0
+_SMALL_DISK = 20 * 2**30
 
 
 def ray_container_is_first(objects: Sequence[Object]) -> list[Finding]:
@@ -122,6 +123,18 @@ def shared_memory_is_sized(objects: Sequence[Object]) -> list[Finding]:
     return found
 
 
+def disk_is_asked_for(objects: Sequence[Object]) -> list[Finding]:
+    """A pod that fills a machine's disk with weights is evicted, unless the machine was chosen for its disk."""
+    found = []
+    for pods in ray_pods(objects):
+        folders = [dig(one, "emptyDir", default={}) for one in pods.spec.get("volumes") or []]
+        most = sum(quantity(one.get("sizeLimit", 0)) for one in folders if one.get("medium") != "Memory")
+        asked = quantity(dig(pods.ray, "resources", "requests", "ephemeral-storage", default=0))
+        if most > _SMALL_DISK and asked < most:
+            found.append(Finding(pods.where, f"requests.ephemeral-storage must cover its folders: {most / 2**30:g}Gi"))
+    return found
+
+
 def probes_are_the_operators(objects: Sequence[Object]) -> list[Finding]:
     """The operator asks the raylet and /-/healthz; a probe of ours replaces that, and /health wants a key."""
     return [
@@ -214,6 +227,7 @@ RULES = (
     ray_memory_is_its_own,
     gpus_are_whole,
     shared_memory_is_sized,
+    disk_is_asked_for,
     probes_are_the_operators,
     other_workloads_have_readiness,
     ray_environment_is_set,
