@@ -57,6 +57,22 @@ def test_a_relative_state_folder_is_the_builders(monkeypatch, tmp_path):
     assert given.state_dir == str(tmp_path / "here")
 
 
+def test_neighbouring_ranks_of_a_spread_gang_share_a_node():
+    denoiser = {"num_gpus": 1, "num_cpus": 2, "cfg_degree": 2, "ulysses_degree": 4, "spread": True, "ranks_per_node": 4}
+    config = ServeConfig.model_validate({"denoiser": denoiser | {"label_selector": {"role": "denoiser"}}})
+    found = deployments(build_app(config))["Denoiser"]._replica_config
+    assert found.placement_group_bundles == [{"CPU": 8.0, "GPU": 4.0}] * 2
+    assert found.placement_group_bundle_label_selector == [{"role": "denoiser"}] * 2
+    assert found.placement_group_strategy == "STRICT_SPREAD"
+    assert [config.denoiser.bundle_of(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"spread": True, "ranks_per_node": 3}, {"ranks_per_node": 2}])
+def test_ranks_that_do_not_fill_their_nodes_are_refused(wrong):
+    with pytest.raises(ValueError, match="ranks_per_node"):
+        ServeConfig.model_validate({"denoiser": {"ulysses_degree": 4, **wrong}})
+
+
 def test_roles_are_placed_by_resources_and_labels():
     config = ServeConfig.model_validate(
         {
