@@ -85,7 +85,7 @@ class DenoiserConfig(RoleConfig):
         world_size = self.parallel.world_size
         if self.ranks_per_node > 1 and (not self.spread or world_size % self.ranks_per_node):
             raise ValueError(
-                f"ranks_per_node={self.ranks_per_node} needs spread: true, and must divide the gang's {world_size} ranks"
+                f"ranks_per_node={self.ranks_per_node} needs spread: true and must divide the {world_size} ranks"
             )
         return self
 
