@@ -8,9 +8,10 @@ MODEL ?= tiny
 PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
+CRDS ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos manifests lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -66,6 +67,9 @@ quality: $(STAMP)  ## the small model, alone and adapted, measured through the s
 
 chaos: $(STAMP)  ## kill every kind of process under 20 jobs of three tenants; nothing may be lost or left behind
 	$(BIN)/python -m cluster.chaos
+
+manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifests CRDS=folder of KubeRay's CRD schemas
+	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt

@@ -202,20 +202,21 @@ def _deployment(cls: Any, name: str, role: RoleConfig, **options: Any) -> Any:
 
 def _gang_deployment(config: ServeConfig) -> Any:
     role = config.denoiser
-    bundle = {
+    rank = {
         **{name: amount for name, amount in (("CPU", role.num_cpus), ("GPU", role.num_gpus)) if amount},
         **role.resources,
     }
+    bundle = {name: amount * role.ranks_per_node for name, amount in rank.items()}
     if not bundle:
         raise ConfigError("denoiser: num_cpus, num_gpus and resources are all empty; a rank must ask for something")
-    world_size = role.parallel.world_size
+    num_bundles = role.parallel.world_size // role.ranks_per_node
     options: dict[str, Any] = {}
     if role.label_selector:
-        options["placement_group_bundle_label_selector"] = [role.label_selector] * world_size
+        options["placement_group_bundle_label_selector"] = [role.label_selector] * num_bundles
     return ray_serve.deployment(
         name=DENOISER,
         ray_actor_options={"num_cpus": 0},  # it only waits, as its coordinator does; both sit beside rank 0
-        placement_group_bundles=[bundle] * world_size,
+        placement_group_bundles=[bundle] * num_bundles,
         placement_group_strategy="STRICT_SPREAD" if role.spread else "STRICT_PACK",
         graceful_shutdown_timeout_s=role.handover_timeout_s + 10.0,
         **_HEALTH,

@@ -57,7 +57,9 @@ class DenoiserConfig(RoleConfig):
     threads_per_rank: int | None = Field(1, ge=1)
     """CPU threads of a rank; None leaves it to torch."""
     spread: bool = False
-    """Put every rank on a node of its own (multi-host gangs) instead of all on one."""
+    """Put the ranks on several nodes (multi-host gangs) instead of all on one."""
+    ranks_per_node: int = Field(1, ge=1)
+    """Neighbouring ranks that share a node when they are spread: the ulysses axis first, then ring, then cfg."""
     max_resident: int = Field(2, ge=1)
     """Jobs a gang holds at once."""
     step_deadline_floor_s: float = Field(10.0, gt=0)
@@ -77,6 +79,19 @@ class DenoiserConfig(RoleConfig):
     """Longest time a gang that is replaced or scaled down is given to finish its step and hand over its jobs."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Rendezvous and loading of weights."""
+
+    @model_validator(mode="after")
+    def _nodes_are_whole(self) -> Self:
+        world_size = self.parallel.world_size
+        if self.ranks_per_node > 1 and (not self.spread or world_size % self.ranks_per_node):
+            raise ValueError(
+                f"ranks_per_node={self.ranks_per_node} needs spread: true and must divide the {world_size} ranks"
+            )
+        return self
+
+    def bundle_of(self, rank: int) -> int:
+        """Index of the placement group's bundle that a rank is in: with its neighbours on a node, or of its own."""
+        return rank // self.ranks_per_node
 
     @property
     def parallel(self) -> ParallelConfig:

@@ -321,7 +321,7 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
     strategy = (
         "DEFAULT"
         if placement is None
-        else PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
+        else PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=config.bundle_of(index))
     )
     remote: Any = ray.remote
     make_actor = remote(

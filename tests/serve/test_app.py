@@ -15,7 +15,8 @@ from serve.app import ROLES, application, build_app, require_loopback
 from serve.config import ServeConfig
 from serve.scaling import WANTED_GANGS, gangs_for_backlog, num_wanted
 
-CONFIGS = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
+SHIPPED = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
+CONFIGS = [path for path in SHIPPED if path.stem != "kustomization"]
 
 
 def deployments(app):
@@ -39,7 +40,8 @@ def test_a_shipped_configuration_is_a_serve_config_file_and_builds(path):
 
 
 def test_what_is_shipped():
-    assert [path.stem for path in CONFIGS] == ["chaos", "debug", "production", "small-videos"]
+    shipped = ["chaos", "debug", "kind", "production-multi-host", "production", "single-node", "small-videos"]
+    assert [path.stem for path in CONFIGS] == shipped
 
 
 def test_only_gateway_and_dispatcher_are_given_the_database():
@@ -53,6 +55,22 @@ def test_a_relative_state_folder_is_the_builders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     given = deployments(build_app(ServeConfig(state_dir="here")))["Dispatcher"].init_args[0]
     assert given.state_dir == str(tmp_path / "here")
+
+
+def test_neighbouring_ranks_of_a_spread_gang_share_a_node():
+    denoiser = {"num_gpus": 1, "num_cpus": 2, "cfg_degree": 2, "ulysses_degree": 4, "spread": True, "ranks_per_node": 4}
+    config = ServeConfig.model_validate({"denoiser": denoiser | {"label_selector": {"role": "denoiser"}}})
+    found = deployments(build_app(config))["Denoiser"]._replica_config
+    assert found.placement_group_bundles == [{"CPU": 8.0, "GPU": 4.0}] * 2
+    assert found.placement_group_bundle_label_selector == [{"role": "denoiser"}] * 2
+    assert found.placement_group_strategy == "STRICT_SPREAD"
+    assert [config.denoiser.bundle_of(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"spread": True, "ranks_per_node": 3}, {"ranks_per_node": 2}])
+def test_ranks_that_do_not_fill_their_nodes_are_refused(wrong):
+    with pytest.raises(ValueError, match="ranks_per_node"):
+        ServeConfig.model_validate({"denoiser": {"ulysses_degree": 4, **wrong}})
 
 
 def test_roles_are_placed_by_resources_and_labels():

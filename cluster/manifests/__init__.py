@@ -1,0 +1,1 @@
+"""Kubernetes manifests, judged without a cluster: rendered, then held against rules that no schema has."""
