@@ -1,19 +1,18 @@
 """Temporary folders that do not outlive a process that was killed: the next one of its kind removes them.
 
-A folder belongs to whoever holds the lock on it, which the kernel lets go with the process.
+A folder belongs to whoever holds the lock on it, which the kernel lets go with the process. It gets its name
+when it is locked, so a folder of that name that is not locked has lost its owner.
 """
 
 import fcntl
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_YOUNG_S = 60.0
-"""A folder may be this old before its owner has locked it."""
+_NAMELESS = ".pusa-"
 
 
 @contextmanager
@@ -24,23 +23,26 @@ def scratch_folder(kind: str) -> Iterator[Path]:
         kind: what it is for; folders of this kind that nobody holds any more are removed.
     """
     prefix = f"pusa-{kind}-"
-    _remove_abandoned(Path(tempfile.gettempdir()), prefix)
-    with tempfile.TemporaryDirectory(prefix=prefix) as name:
-        handle = os.open(name, os.O_RDONLY)
+    nameless = Path(tempfile.mkdtemp(prefix=_NAMELESS))
+    handle = os.open(nameless, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        folder = nameless.rename(nameless.parent / f"{prefix}{nameless.name.removeprefix(_NAMELESS)}")
+        _remove_abandoned(folder.parent, prefix)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield Path(name)
+            yield folder
         finally:
-            os.close(handle)
+            shutil.rmtree(folder, ignore_errors=True)  # what is still written to goes the next time
+    finally:
+        os.close(handle)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{prefix}*"):
         try:
-            status = folder.lstat()
-            if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG_S:
+            if folder.lstat().st_uid == os.getuid():
                 _remove_unless_held(folder)
-        except OSError:  # its owner, or another of our kind, was faster
+        except OSError:  # it is held, or another of our kind was faster
             continue
 
 

@@ -44,17 +44,17 @@ class Fault:
 
 
 FAULTS = (
-    Fault(role="Rank", is_gang_death=True),
+    Fault(role="Rank", number=signal.SIGSTOP, is_gang_death=True),
     Fault(role="Dispatcher"),
-    Fault(role="TextEncoder", must_hit=False),
-    Fault(role="Vae", moment="decode"),
-    Fault(role="Gateway", must_hit=False),
-    Fault(role="Coordinator", is_gang_death=True),
-    Fault(role="service"),
-    Fault(role="Proxy", must_hit=False),
     Fault(role="Denoiser", is_gang_death=True),
     Fault(role="Controller", must_hit=False),
-    Fault(role="Rank", number=signal.SIGSTOP, is_gang_death=True),
+    Fault(role="Vae", moment="decode"),
+    Fault(role="Coordinator", is_gang_death=True),
+    Fault(role="service"),
+    Fault(role="Gateway", must_hit=False),
+    Fault(role="Rank", is_gang_death=True),
+    Fault(role="TextEncoder", must_hit=False),
+    Fault(role="Proxy", must_hit=False),
 )
 
 
