@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +25,7 @@ import yaml
 from cluster.chaos import processes
 from cluster.chaos.faults import (
     FAULTS,
+    Fault,
     NoJobsLeftError,
     TimedOutError,
     strike,
@@ -112,7 +114,7 @@ class Chaos:
         left = processes.descendants(os.getpid())
         return Remains(
             processes=[" ".join(processes.command_of(pid))[:80] for pid in left],
-            temporary_files=sorted(path.name for path in self.temporary.iterdir()),
+            temporary_files=sorted(path.name for path in self.temporary.iterdir() if not _is_cache(path)),
         )
 
     def _start(self) -> Service:
@@ -147,12 +149,14 @@ def disturbed(chaos: Chaos, whole: Mapping[str, int]) -> tuple[list[Outcome], li
     """The same jobs, and every fault."""
     with tenants_at_work(chaos.service.url, chaos.keys, orders(), "chaos") as tenants:
         struck = make_faults(chaos, tenants, whole)
-        wait_for("the jobs after the last fault", lambda: tenants.is_done, ALL_JOBS_S)
         return outcomes(chaos.state, "chaos", tenants.answers()), struck
 
 
 def make_faults(chaos: Chaos, tenants: Tenants, whole: Mapping[str, int]) -> list[Struck]:
-    """Make one fault after the other; fewer if the jobs end before the faults do."""
+    """Make one fault after the other; fewer if the jobs end before the faults do.
+
+    What a fault has hit is seen when the next is made: some attempts end seconds later, when a lease runs out.
+    """
 
     def jobs() -> dict[str, JobRecord]:
         if tenants.is_done:
@@ -160,37 +164,42 @@ def make_faults(chaos: Chaos, tenants: Tenants, whole: Mapping[str, int]) -> lis
             raise NoJobsLeftError("every job has ended")
         return read_jobs(chaos.state, "chaos")
 
-    struck = []
+    struck: list[tuple[Fault, float]] = []
+    seen: list[dict[str, JobRecord]] = []
     for fault in FAULTS:
         try:
             wait_for_moment(fault, jobs)
-            before = jobs()
-            if fault.role == "service":
-                began = time.monotonic()
-                pid = chaos.kill_and_restart()
-                spent_s = time.monotonic() - began
-            else:
-                pid, spent_s = strike(fault, chaos.service.process.pid), 0.0
-            service = chaos.service
-            seconds = spent_s + wait_until_whole(
-                fault, pid, service.process.pid, whole, service.url, chaos.key, lambda: read_jobs(chaos.state, "chaos")
-            )
-            after = read_jobs(chaos.state, "chaos")
         except NoJobsLeftError as error:
             say(f"no job was left for: {fault.name} ({error})")
             break
-        num_hit = sum(
-            after[name].attempt > one.attempt or was_given_up(one, after[name]) for name, one in before.items()
-        )
-        struck.append(Struck(name=fault.name, num_hit=num_hit, must_hit=fault.must_hit, whole_after_s=seconds))
-        num_ended = sum(one.is_final for one in after.values())
-        say(f"{fault.name}: {num_hit} jobs hit, whole again after {seconds:.1f} s, {num_ended} of {NUM_JOBS} ended")
-    return struck
+        seen.append(read_jobs(chaos.state, "chaos"))
+        seconds = make(fault, chaos, whole)
+        struck.append((fault, seconds))
+        num_ended = sum(one.is_final for one in read_jobs(chaos.state, "chaos").values())
+        say(f"{fault.name}: whole again after {seconds:.1f} s, {num_ended} of {NUM_JOBS} jobs have ended")
+    wait_for("the jobs after the last fault", lambda: tenants.is_done, ALL_JOBS_S)
+    seen.append(read_jobs(chaos.state, "chaos"))
+    return [
+        Struck(name=fault.name, num_hit=num_hit(before, after), must_hit=fault.must_hit, whole_after_s=seconds)
+        for (fault, seconds), (before, after) in zip(struck, pairwise(seen), strict=True)
+    ]
 
 
-def was_given_up(before: JobRecord, after: JobRecord) -> bool:
-    """Whether its attempt was ended, and the next has not begun yet."""
-    return before.status == "in_progress" and after.status == "queued"
+def make(fault: Fault, chaos: Chaos, whole: Mapping[str, int]) -> float:
+    """Make one fault; returns after how many seconds the service was whole again."""
+    began = time.monotonic()
+    pid = chaos.kill_and_restart() if fault.role == "service" else strike(fault, chaos.service.process.pid)
+    service = chaos.service
+    wait_until_whole(
+        fault, pid, service.process.pid, whole, service.url, chaos.key, lambda: read_jobs(chaos.state, "chaos")
+    )
+    return time.monotonic() - began
+
+
+def num_hit(before: Mapping[str, JobRecord], after: Mapping[str, JobRecord]) -> int:
+    """Jobs in hand whose attempt has ended without the job: nothing but a fault does that."""
+    in_hand = {name: one for name, one in before.items() if one.status == "in_progress"}
+    return sum(after[name].attempt > one.attempt or after[name].status == "queued" for name, one in in_hand.items())
 
 
 def outcomes(state: Path, run: str, answers: Mapping[int, Answer]) -> list[Outcome]:
@@ -268,6 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         finally:
             processes.kill_all(os.getpid())
+
+
+def _is_cache(path: Path) -> bool:
+    """Whether it is torch's, one folder for an account: not a file of any process."""
+    return path.name.startswith("torchinductor_")
 
 
 def _log_of(folder: Path) -> str:

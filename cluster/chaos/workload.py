@@ -10,7 +10,7 @@ from cluster.orders import Frames, Order, clip, png
 TENANTS = ("amber", "birch", "cedar")
 NUM_JOBS = 20
 CLIP_FRAMES = 17
-_SIZES = (((192, 128), 33), ((160, 128), 49), ((224, 160), 33), ((128, 128), 65))
+_SIZES = (((224, 160), 33), ((192, 144), 49), ((256, 176), 33), ((144, 144), 65))
 _STEPS = (50, 42, 46, 38)
 
 

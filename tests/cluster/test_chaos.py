@@ -7,7 +7,7 @@ import httpx
 import pytest
 import yaml
 
-from cluster.chaos.__main__ import CONFIG, checkpoint_every
+from cluster.chaos.__main__ import CONFIG, checkpoint_every, num_hit
 from cluster.chaos.faults import FAULTS, Fault, NoJobsLeftError, TimedOutError, wait_for, wait_for_moment
 from cluster.chaos.patience import GaveUpError, PatientTransport
 from cluster.chaos.processes import role_of
@@ -195,6 +195,24 @@ def test_the_moment_of_a_fault_is_when_two_jobs_move():
 
     wait_for_moment(Fault(role="Rank", is_gang_death=True), jobs)
     assert next(steps) >= 6
+
+
+def test_a_fault_has_hit_the_jobs_in_hand_whose_attempt_it_ended():
+    before = {
+        "went on": record("went on"),
+        "again": record("again", attempt=2),
+        "waits": record("waits"),
+        "done": record("done"),
+        "claimed": record("claimed", status="queued", attempt=0),
+    }
+    after = {
+        "went on": record("went on", step=9),
+        "again": record("again", attempt=3),
+        "waits": record("waits", status="queued"),
+        "done": record("done", status="completed"),
+        "claimed": record("claimed"),
+    }
+    assert num_hit(before, after) == 2
 
 
 def test_a_wait_ends_and_says_what_was_awaited():

@@ -124,15 +124,17 @@ async def breaking_proxy(host: str, port: int, breaks: Counter[str]) -> AsyncIte
                 await to_client.drain()
 
         ways = [asyncio.ensure_future(upstream()), asyncio.ensure_future(downstream())]
-        done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        for one in done:
-            error = one.exception()
-            if isinstance(error, ConnectionError):
-                breaks[str(error)] += 1
-        for writer in (to_client, to_server):
-            writer.transport.abort()
+        try:
+            done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                error = one.exception()
+                if isinstance(error, ConnectionError):
+                    breaks[str(error)] += 1
+        finally:  # also when the storm is over: a server that waits for half a request does not end
+            for way in ways:
+                way.cancel()
+            for writer in (to_client, to_server):
+                writer.transport.abort()
 
     proxy = await asyncio.start_server(relay, "127.0.0.1", 0)
     async with proxy:

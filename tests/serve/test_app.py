@@ -39,7 +39,7 @@ def test_a_shipped_configuration_is_a_serve_config_file_and_builds(path):
 
 
 def test_what_is_shipped():
-    assert [path.stem for path in CONFIGS] == ["debug", "production", "small-videos"]
+    assert [path.stem for path in CONFIGS] == ["chaos", "debug", "production", "small-videos"]
 
 
 def test_only_gateway_and_dispatcher_are_given_the_database():
