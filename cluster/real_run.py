@@ -31,7 +31,7 @@ IDLE_ROUNDS = 3
 JOB_TIMEOUT_S = 600.0
 USAGE_EVERY_S = 0.5
 _ROLES = {"text": "text encoder", "wait": "denoiser", "decode": "VAE"}
-_BACKLOG_SCALE = 2 / 3
+_BACKLOG_SCALE = 1 / 2
 """Sides of a video in a scenario of backlogs, where only sums matter: the whole takes minutes, not an hour."""
 
 

@@ -64,24 +64,24 @@ HEAD_OF_LINE = Scenario(
     name="A queues 50 jobs, B sends one every 4 idle latencies",
     streams=(
         Stream(tenant="A", video=USUAL, count=50),
-        Stream(tenant="B", video=USUAL, count=12, every=4.0, first=4.0),
+        Stream(tenant="B", video=USUAL, count=8, every=4.0, first=4.0),
     ),
     weights={"A": 1.0, "B": 1.0},
 )
 
 TWO_TO_ONE = Scenario(
     name="weights 2:1 under backlog",
-    streams=(Stream(tenant="A", video=USUAL, count=40), Stream(tenant="B", video=USUAL, count=20)),
+    streams=(Stream(tenant="A", video=USUAL, count=30), Stream(tenant="B", video=USUAL, count=15)),
     weights={"A": 2.0, "B": 1.0},
 )
 
 FOUR_EQUAL = Scenario(
     name="four equal tenants with jobs of different sizes under backlog",
     streams=(
-        Stream(tenant="A", video=USUAL, count=20),
-        Stream(tenant="B", video=LARGE, count=12),
-        Stream(tenant="C", video=SMALL, count=60),
-        Stream(tenant="D", video=Video(num_steps=5), count=40),
+        Stream(tenant="A", video=USUAL, count=12),
+        Stream(tenant="B", video=LARGE, count=7),
+        Stream(tenant="C", video=SMALL, count=36),
+        Stream(tenant="D", video=Video(num_steps=5), count=24),
     ),
     weights=dict.fromkeys("ABCD", 1.0),
 )

@@ -28,7 +28,7 @@ from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
 from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
-from serve.vae import MAX_CALLS, NUM_THREADS, Vae
+from serve.vae import MAX_CALLS, NUM_DECODES, Vae
 from serve.webhooks import Webhooks, keep_delivering
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class DispatcherReplica:
             precision=precision,
             job_deadline_s=config.job_deadline_s,
             moderation=Moderation.load(config.moderation),
-            max_decoding=4 * NUM_THREADS * num_vaes,
+            num_decoders=NUM_DECODES * num_vaes,
+            max_decoding=8 * NUM_DECODES * num_vaes,
             handover_s=config.denoiser.handover_timeout_s,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())

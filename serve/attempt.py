@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -66,8 +66,16 @@ class Denoise(Protocol):
         ...
 
 
+DecodeTurn = Callable[[Job], AbstractAsyncContextManager[None]]
+"""Waits until it is a job's turn at the VAE, which it has for as long as the block lasts."""
+
+
 async def run_stages(
-    attempt: Attempt, stages: Stages, denoise: Denoise, on_stage: Callable[[str, float], None]
+    attempt: Attempt,
+    stages: Stages,
+    denoise: Denoise,
+    decode_turn: DecodeTurn,
+    on_stage: Callable[[str, float], None],
 ) -> dict[str, Artifact]:
     """Take a job from where it stands to its files.
 
@@ -75,6 +83,7 @@ async def run_stages(
         attempt: of the job.
         stages: text encoder and VAE.
         denoise: the gangs.
+        decode_turn: see ``DecodeTurn``.
         on_stage: told the name and seconds of every stage.
 
     Raises:
@@ -84,7 +93,8 @@ async def run_stages(
     with _stage(attempt, "denoise", on_stage):
         latents = await denoise(attempt, source)
     with _stage(attempt, "decode", on_stage):
-        return await stages.decode(attempt.job, latents)
+        async with decode_turn(attempt.job):
+            return await stages.decode(attempt.job, latents)
 
 
 async def _conditions(attempt: Attempt, stages: Stages, on_stage: Callable[[str, float], None]) -> Conditions:

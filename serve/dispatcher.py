@@ -11,10 +11,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
 from pusa_dist.errors import CheckpointError, GangError, NumericsError, PusaError, RequestError
 from serve.attempt import Attempt, run_stages
+from serve.fair_turns import FairTurns
 from serve.gangs import Gangs
 from serve.ledger import Ledger
 from serve.moderation import NO_MODERATION, Moderation, ModerationUnavailableError
@@ -68,7 +70,8 @@ class Dispatcher:
         precision: what they compute in, recorded with every job.
         job_deadline_s: a job not finished this long after it was created is failed.
         moderation: asked before a preview or a result is published.
-        max_decoding: no job is taken while this many wait for the VAE.
+        num_decoders: jobs that the VAE is given at once.
+        max_decoding: while this many are with the VAE or wait for it, only tenants that have none there get jobs taken.
         lease_s: another dispatcher takes over this long after this one has died.
         replacement_s: how long a job waits after a process of it was lost, so that Ray Serve has noticed
             and the next attempt does not go to the same dead replica.
@@ -87,6 +90,7 @@ class Dispatcher:
         precision: str,
         job_deadline_s: float,
         moderation: Moderation = NO_MODERATION,
+        num_decoders: int = 2,
         max_decoding: int = 8,
         lease_s: float = LEASE_S,
         replacement_s: float = REPLACEMENT_S,
@@ -101,6 +105,7 @@ class Dispatcher:
         self._precision = precision
         self._job_deadline_s = job_deadline_s
         self._moderation = moderation
+        self._decoding = FairTurns(num_decoders)
         self._max_decoding = max_decoding
         self._lease_s = lease_s
         self._replacement_s = replacement_s
@@ -216,8 +221,8 @@ class Dispatcher:
         await asyncio.gather(*(self._report(attempt) for attempt in list(self._attempts.values())))
 
     async def _take(self) -> None:
-        if sum(one.stage == "decode" for one in self._attempts.values()) >= self._max_decoding:
-            return
+        decoding = [one.job.tenant for one in self._attempts.values() if one.stage == "decode"]
+        held_up = set(decoding) if len(decoding) >= self._max_decoding else set()
         window = self._gangs.num_free + 1
         limit = min(window + 1, _MAX_PER_TENANT)
         queued = {one.id: one for one in await self._db(self._store.waiting, self._model, limit)}
@@ -229,7 +234,7 @@ class Dispatcher:
         # An overdue job ends as soon as it is claimed: more urgent ones must not keep it waiting for ever.
         overdue = [one.id for one in queued.values() if self._seconds_left(one.created_at) <= 0]
         chosen = claims(
-            (self._queued(queued[turn.job_id]) for turn in turns),
+            (self._queued(queued[turn.job_id]) for turn in turns if turn.tenant not in held_up),
             (self._held(attempt) for attempt in self._attempts.values()),
             window=window,
             max_running=self._max_running,
@@ -332,14 +337,23 @@ class Dispatcher:
         job = attempt.job
         await self._db(self._store.record_precision, job.id, job.attempt, self._precision)
         try:
-            return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
+            return await self._through_stages(attempt)
         except CheckpointError as error:
             if attempt.checkpoint is None:
                 raise
             logger.warning("job %s: begins anew, its checkpoint cannot be used: %s", job.id, error)
         await self._db(self._store.forget_checkpoint, job.id, job.attempt)
         attempt.start_afresh()
-        return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
+        return await self._through_stages(attempt)
+
+    async def _through_stages(self, attempt: Attempt) -> dict[str, Artifact]:
+        return await run_stages(attempt, self._stages, self._gangs.denoise, self._decode_turn, self._metrics.stage)
+
+    def _decode_turn(self, job: Job) -> AbstractAsyncContextManager[None]:
+        """See ``serve.attempt.DecodeTurn``; what a decode costs grows with the tokens."""
+        cost = float(job.request.num_tokens)
+        waiting = Waiting(id=job.id, tenant=job.tenant, priority=job.priority, created_at=job.created_at, cost=cost)
+        return self._decoding.turn(waiting, self._ledger.standing(job.tenant).weight, self._clock())
 
     async def _moderate(self, job: Job, keys: dict[str, str]) -> None:
         await asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)

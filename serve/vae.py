@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 NUM_THREADS = 2
 """Encodes and decodes at once: a short encode need not wait for a long decode."""
+NUM_DECODES = 1
+"""Of them: two at once would both be late, and a thread is left for encodes."""
 MAX_CALLS = NUM_THREADS + 1
 """Calls that a replica takes at once: a preview need not wait for either."""
 

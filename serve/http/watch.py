@@ -98,11 +98,13 @@ class Watch(Generic[T]):
 
     async def _run(self) -> None:
         while self._watchers:
+            # Who comes while this is read was not asked about: its job is not gone for being absent.
+            asked = list(self._watchers)
             try:
-                states = await asyncio.to_thread(self._read, {one.job_id for one in self._watchers})
+                states = await asyncio.to_thread(self._read, {one.job_id for one in asked})
             except Exception as error:  # noqa: BLE001 - the outermost loop: the database may be back the next time
                 logger.error("watched jobs could not be read: %s", type(error).__name__)
             else:
-                for watcher in list(self._watchers):
+                for watcher in asked:
                     watcher.tell(states.get(watcher.job_id))
             await asyncio.sleep(self._poll_s)

@@ -321,6 +321,26 @@ def test_a_database_that_is_away_for_a_moment_ends_no_stream() -> None:
     assert asyncio.run(watch_it()) == [1, 2]
 
 
+def test_who_comes_while_the_jobs_are_read_is_not_told_that_its_job_is_gone() -> None:
+    is_reading, go_on = threading.Event(), threading.Event()
+
+    def read(ids: Collection[str]) -> dict[str, int]:
+        is_reading.set()
+        assert go_on.wait(10)
+        return dict.fromkeys(ids, 1)
+
+    async def scenario() -> None:
+        watch: Watch[int] = Watch(read, 0.01, 10, 10)
+        with watch.watch("a", "first") as first:
+            await asyncio.to_thread(is_reading.wait, 10)
+            with watch.watch("a", "second") as second:
+                go_on.set()
+                assert await asyncio.wait_for(first.next(), 10) == 1
+                assert await asyncio.wait_for(second.next(), 10) == 1
+
+    asyncio.run(scenario())
+
+
 def test_one_gateway_keeps_a_bounded_number_of_streams_in_all() -> None:
     async def too_many() -> None:
         watch: Watch[int] = Watch(lambda ids: dict.fromkeys(ids, 1), 0.01, 2, 10)
