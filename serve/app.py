@@ -20,7 +20,8 @@ from serve.config import MAX_STREAMS, DenoiserConfig, RoleConfig, ServeConfig, r
 from serve.dispatcher import Dispatcher
 from serve.gang import MakeWorker
 from serve.gang_replica import DenoiserReplica
-from serve.metrics import JobMetrics
+from serve.logs import Logs
+from serve.metrics import GatewayMetrics, JobMetrics, VaeMetrics
 from serve.moderation import Moderation
 from serve.scaling import num_wanted
 from serve.serve_stages import ActorGang, ServeStages
@@ -49,9 +50,11 @@ class GatewayReplica:
     def __init__(self, config: ServeConfig, dispatcher: Handle, denoiser: Handle) -> None:
         from serve.http.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
 
+        Logs(config.logs, {"role": GATEWAY}).configure()
         check_cluster(config)
         self._behind = dispatcher, denoiser  # binds them, and all behind them, into the application
-        self._gateway = Gateway(config, functools.partial(readiness, ray_serve.get_replica_context().app_name))
+        app_name = ray_serve.get_replica_context().app_name
+        self._gateway = Gateway(config, functools.partial(readiness, app_name), measures=GatewayMetrics())
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray Serve asks for after construction."""
@@ -64,7 +67,9 @@ class DispatcherReplica:
     """The dispatcher over the handles of the other roles; see ``serve.dispatcher``."""
 
     def __init__(self, config: ServeConfig, model: str, precision: str, text_encoder: Handle, vae: Handle) -> None:
+        Logs(config.logs, {"role": DISPATCHER}).configure()
         check_cluster(config)
+        metrics = JobMetrics()
         self._store = JobStore(config.resolved_database_url)
         self._store.create_tables()
         artifacts = ArtifactStore(config.resolved_artifacts_url)
@@ -73,17 +78,18 @@ class DispatcherReplica:
             self._store,
             artifacts,
             ServeStages(text_encoder, vae),
-            JobMetrics(),
+            metrics,
             model=model,
             precision=precision,
             job_deadline_s=config.job_deadline_s,
-            moderation=Moderation.load(config.moderation),
+            moderation=Moderation.load(config.moderation, metrics.moderated),
             max_decoding=4 * NUM_THREADS * num_vaes,
             handover_s=config.denoiser.handover_timeout_s,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
+        webhooks = Webhooks(self._store, on_try=metrics.webhook)
         self._sweeping = asyncio.get_running_loop().create_task(keep_sweeping(self._store, artifacts))
-        self._delivering = asyncio.get_running_loop().create_task(keep_delivering(Webhooks(self._store)))
+        self._delivering = asyncio.get_running_loop().create_task(keep_delivering(webhooks))
 
     async def register(self, name: str, coordinator: Any, max_resident: int) -> int:
         """A gang is there; returns how many there should be. See ``serve.gang_replica``."""
@@ -102,6 +108,22 @@ class DispatcherReplica:
         await self._dispatcher.close()
         await self._running
         self._store.close()
+
+
+class TextEncoderReplica(TextEncoder):
+    """See ``serve.text_encoder``."""
+
+    def __init__(self, logs: Logs, model: ModelConfig, device: str) -> None:
+        logs.configure()
+        super().__init__(model, device)
+
+
+class VaeReplica(Vae):
+    """See ``serve.vae``."""
+
+    def __init__(self, logs: Logs, model: ModelConfig, device: str, artifacts_url: str) -> None:
+        logs.configure()
+        super().__init__(model, device, artifacts_url, VaeMetrics().decoder_failed)
 
 
 def build_app(args: ServeConfig) -> ray_serve.Application:
@@ -134,13 +156,15 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     config = config.model_copy(update={"state_dir": str(Path(config.state_dir).absolute())})
     if ray.is_initialized():
         require_shared_stores(config, num_alive_nodes())
-    text_encoder = _deployment(TextEncoder, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
-        model, config.text_encoder.device
+    text_encoder = _deployment(TextEncoderReplica, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
+        Logs(config.logs, {"role": TEXT_ENCODER}), model, config.text_encoder.device
     )
-    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
-        model, config.vae.device, config.resolved_artifacts_url
+    vae = _deployment(VaeReplica, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
+        Logs(config.logs, {"role": VAE}), model, config.vae.device, config.resolved_artifacts_url
     )
-    denoiser = _gang_deployment(config).bind(config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER)
+    denoiser = _gang_deployment(config).bind(
+        Logs(config.logs, {"role": DENOISER}), config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER
+    )
     handover_s = config.denoiser.handover_timeout_s + 30.0
     dispatcher = _deployment(
         DispatcherReplica,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pusa_dist.config import ModelConfig, ParallelConfig, load_model_config
 from pusa_dist.errors import ConfigError
+from serve.logs import LogFormat
 
 MAX_STREAMS = 800
 """Event streams of a gateway, of all tenants; each is a request that goes on until its job ends."""
@@ -129,6 +130,8 @@ class ServeConfig(Settings):
     """How long results are promised to be kept (``expires_at``)."""
     poll_after_ms: int = Field(500, ge=50)
     """What clients are told to wait between polls."""
+    logs: LogFormat = "text"
+    """Lines for people, or one JSON object each with role, job, tenant, gang and rank."""
     uploads: UploadLimits = UploadLimits()
     gateway: RoleConfig = RoleConfig()
     dispatcher: RoleConfig = RoleConfig()

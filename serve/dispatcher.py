@@ -9,18 +9,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol, TypeVar
 
 from pusa_dist.errors import CheckpointError, GangError, NumericsError, PusaError, RequestError
 from serve.attempt import Attempt, run_stages
 from serve.gangs import Gangs
+from serve.gangs import Metrics as GangsMetrics
 from serve.ledger import Ledger
+from serve.logs import about
 from serve.moderation import NO_MODERATION, Moderation, ModerationUnavailableError
 from serve.policy.admission import Held, Queued, claims
+from serve.policy.cost import Backlog
 from serve.policy.fairness import Turn, Waiting
-from serve.policy.priority import is_urgent
+from serve.policy.priority import Priority, is_urgent
 from serve.stages import Checkpoint, GangHandle, Previewed, ReplicaLostError, Stages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact, Job, JobStore
@@ -43,17 +46,15 @@ _DB_SHARE = 0.2
 _DB_THREADS = 4
 
 
-class Metrics(Protocol):
+class Metrics(GangsMetrics, Protocol):
     """Where outcomes and durations are reported; see ``serve.metrics.JobMetrics``."""
 
-    def ended(self, outcome: str, seconds: float) -> None: ...  # noqa: D102
+    def waited(self, seconds: float, priority: Priority, weight: float) -> None: ...  # noqa: D102
+    def ended(self, code: str, seconds: float, priority: Priority) -> None: ...  # noqa: D102
     def requeued(self, reason: str) -> None: ...  # noqa: D102
-    def stage(self, stage: str, seconds: float) -> None: ...  # noqa: D102
-    def depth(self, counts: Any) -> None: ...  # noqa: D102
-    def gangs(self, num_gangs: int, num_free: int) -> None: ...  # noqa: D102
+    def gangs(self, states: Mapping[str, int], num_free: int) -> None: ...  # noqa: D102
     def checkpointed(self) -> None: ...  # noqa: D102
-    def released(self) -> None: ...  # noqa: D102
-    def repeated(self) -> None: ...  # noqa: D102
+    def round(self, backlog: Iterable[Backlog], weight_of: Callable[[str], float]) -> None: ...  # noqa: D102
 
 
 class Dispatcher:
@@ -205,8 +206,9 @@ class Dispatcher:
         self._max_running = {one.name: one.quota.max_running for one in tenants}
         counts = await self._db(self._store.unfinished)
         self._num_queued = counts.get("queued", 0)
-        self._metrics.depth(counts)
-        self._metrics.gangs(self._gangs.num_gangs, self._gangs.num_free)
+        backlog = await self._db(self._store.backlog)
+        self._metrics.round(backlog, lambda tenant: self._ledger.standing(tenant).weight)
+        self._metrics.gangs(self._gangs.states, self._gangs.num_free)
 
     async def _report_and_stop(self) -> None:
         if not self._attempts:
@@ -240,8 +242,12 @@ class Dispatcher:
                 continue
             job = await self._db(self._store.claim, job_id, self._owner, self._lease_s)
             if job is not None:
+                if job.attempt == 1:
+                    weight = self._ledger.standing(job.tenant).weight
+                    self._metrics.waited(self._clock() - job.created_at, job.priority, weight)
                 attempt = self._attempts[job_id] = Attempt(job)
-                attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
+                with about(job=job_id, tenant=job.tenant):
+                    attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
 
     def _turns(self, queued: Iterable[Waiting]) -> list[Turn]:
         """The order of all that waits, ready or not."""
@@ -285,7 +291,7 @@ class Dispatcher:
             outcome = await self._outcome(attempt)
             await asyncio.to_thread(self._clean, attempt, outcome)
             if outcome is not None:
-                self._metrics.ended(outcome, self._clock() - job.created_at)
+                self._metrics.ended(outcome, self._clock() - job.created_at, job.priority)
                 logger.info("job %s: %s after attempt %d", job.id, outcome, job.attempt)
         except Exception:  # the store is gone, too: the lease runs out and the job is tried again
             logger.exception("job %s: the end of attempt %d could not be written", job.id, job.attempt)

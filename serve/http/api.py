@@ -28,5 +28,5 @@ def create_api(gateway: Gateway) -> FastAPI:
     # The last one added is the first one a request meets.
     app.add_middleware(BodyLimit, max_bytes=gateway.config.uploads.max_body_bytes)
     app.add_middleware(Authentication, tenants=gateway.tenants)
-    app.add_middleware(RequestIds, clock=gateway.clock)
+    app.add_middleware(RequestIds, clock=gateway.clock, on_reject=gateway.measures.rejected)
     return app

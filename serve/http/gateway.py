@@ -16,6 +16,7 @@ from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
 from serve.http.intake import Intake, check_model
 from serve.http.lookup import check_id, find_job, found
+from serve.http.measures import Measures, Unmeasured
 from serve.http.media import IncomingMedia
 from serve.http.repeats import Origin
 from serve.http.tenants import Tenants
@@ -42,10 +43,18 @@ class Gateway:
         config: the application's configuration.
         readiness: asks whether the other deployments are up.
         clock: Unix seconds.
+        measures: told of what it accepts and refuses.
     """
 
-    def __init__(self, config: ServeConfig, readiness: Readiness, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        readiness: Readiness,
+        clock: Callable[[], float] = time.time,
+        measures: Measures | None = None,
+    ) -> None:
         self.config = config
+        self.measures = measures or Unmeasured()
         self.model = config.load_model()
         self.readiness = readiness
         self.clock = clock
@@ -55,8 +64,10 @@ class Gateway:
         self._store.create_tables()
         self.tenants = Tenants(self._store.tenant_of_key if config.require_keys else None)
         self._forecast = Forecast(self._store, self.model.name, clock)
-        self.media = IncomingMedia(config.uploads)
-        self._intake = Intake(config, self.model, self._store, self.artifacts, self._forecast, self.media, clock)
+        self.media = IncomingMedia(config.uploads, on_decoder_failure=self.measures.decoder_failed)
+        self._intake = Intake(
+            config, self.model, self._store, self.artifacts, self._forecast, self.media, self.measures, clock
+        )
         self._watch: Watch[JobProgress] = Watch(
             self._store.progress_of, EVENT_POLL_S, MAX_STREAMS, config.max_event_streams
         )

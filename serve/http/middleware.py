@@ -20,6 +20,7 @@ from serve.http.errors import (
     storage_unavailable,
 )
 from serve.http.tenants import Tenants
+from serve.logs import about
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,18 @@ class BrokenOffError(Exception):
 
 
 class RequestIds:
-    """Name and time every request, in the answer and in the log, and answer for what nobody expected."""
+    """Name and time every request, in the answer and in the log, and answer for what nobody expected.
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+    Args:
+        app: the rest.
+        clock: Unix seconds.
+        on_reject: told the code and the status of every answer that is an error.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float], on_reject: Callable[[str, int], None]) -> None:
         self._app = app
         self._clock = clock
+        self._on_reject = on_reject
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -49,10 +57,13 @@ class RequestIds:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                if message["status"] >= 400:
+                    self._on_reject(scope["state"].get("error_code", "other"), message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, named)
+            with about(request=request_id):
+                await self._app(scope, receive, named)
         except ClientDisconnect:
             logger.debug("%s: %s %s: the client went away", request_id, scope["method"], scope["path"])
         except Exception as error:  # noqa: BLE001 - the outermost boundary: what is unexpected gets an answer
@@ -85,6 +96,9 @@ class Authentication:
                 await error_response(storage_unavailable())(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
+            with about(tenant=tenant):
+                await self._app(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
 

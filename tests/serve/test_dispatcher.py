@@ -167,10 +167,14 @@ class FakeGang:
 class CountingMetrics:
     def __init__(self):
         self.outcomes, self.reasons, self.stages = [], [], []
-        self.num_released = self.num_repeated = 0
+        self.num_released = self.num_repeated = self.num_lost = self.num_waited = 0
+        self.cost, self.states = 0.0, {}
 
-    def ended(self, outcome, seconds):
-        self.outcomes.append(outcome)
+    def waited(self, seconds, priority, weight):
+        self.num_waited += 1
+
+    def ended(self, code, seconds, priority):
+        self.outcomes.append(code)
 
     def requeued(self, reason):
         self.reasons.append(reason)
@@ -178,11 +182,11 @@ class CountingMetrics:
     def stage(self, stage, seconds):
         self.stages.append(stage)
 
-    def depth(self, counts):
-        pass
+    def round(self, backlog, weight_of):
+        self.backlog = [(one.status, one.num, weight_of(one.tenant)) for one in backlog]
 
-    def gangs(self, num_gangs, num_free):
-        pass
+    def gangs(self, states, num_free):
+        self.states = dict(states)
 
     def checkpointed(self):
         pass
@@ -192,6 +196,15 @@ class CountingMetrics:
 
     def repeated(self):
         self.num_repeated += 1
+
+    def delivered(self, cost, weight):
+        self.cost += cost
+
+    def spread(self, seconds):
+        pass
+
+    def gang_lost(self):
+        self.num_lost += 1
 
 
 class World:
