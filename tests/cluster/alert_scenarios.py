@@ -56,7 +56,7 @@ LOOP = "ray_serve_controller_control_loop_duration_s"
 HEALTHY = {
     ROUNDS: rising(60),
     jobs("completed", "completed"): rising(3),
-    jobs("failed", "gang_died_twice"): from_minute(200, 0, 1),
+    jobs("failed", "gang_died_twice"): from_minute(30, 0, 1),
     jobs("refused", "input_too_short"): rising(1),
     jobs("cancelled", "cancelled"): rising(1),
     latency("600.0"): rising(3),
@@ -65,13 +65,13 @@ HEALTHY = {
     OLDEST: steady(5),
     'ray_video_oldest_queued_seconds{priority="batch",replica="d"}': steady(3000),
     QUEUED: steady(2),
-    COST: steady(400),
+    COST: steady(130),
     OPEN: steady(2),
     'ray_video_gangs{state="silent",replica="d"}': steady(0),
     STEP_SUM: rising(40),
     STEP_COUNT: rising(10),
-    'ray_video_gangs_lost_total{replica="d"}': from_minute(200, 0, 1),
-    'ray_video_jobs_requeued_total{reason="gang_lost",replica="d"}': from_minute(200, 0, 2),
+    'ray_video_gangs_lost_total{replica="d"}': from_minute(30, 0, 1),
+    'ray_video_jobs_requeued_total{reason="gang_lost",replica="d"}': from_minute(30, 0, 2),
     'ray_video_rejects_total{code="quota_exceeded",status="429",replica="g"}': rising(5),
     'ray_video_webhooks_total{result="delivered",replica="d"}': rising(1),
     'ray_video_webhooks_total{result="postponed",replica="d"}': rising(1),
@@ -83,7 +83,7 @@ HEALTHY = {
     of_role("autoscaling_target_replicas", "Vae"): steady(1),
     of_role("deployment_status", "Vae"): steady(6),
     of_role("deployment_status", "Denoiser"): f"3+0x15 6+0x{_N - 16}",
-    http(200): rising(600),
+    http(30): rising(600),
     http(503): rising(1),
     http(503, "/health"): rising(60),
     node("node_mem_used"): steady(60),
@@ -112,66 +112,66 @@ class Scenario:
     """What changes from the healthy series, and what the alert then says."""
 
     changes: dict
-    at: str = "7h"
+    at: str = "2h30m"
     labels: dict | None = None
     summary: str | None = None
 
 
 FIRING = {
-    "PusaJobsFailFast": Scenario({jobs("failed", "numerics_error"): from_minute(390, 2, 1)}),
-    "PusaJobsFailSlow": Scenario({jobs("failed", "replica_lost"): rising(0.25)}),
+    "PusaJobsFailFast": Scenario({jobs("failed", "numerics_error"): from_minute(120, 2, 1)}),
+    "PusaJobsFailSlow": Scenario({jobs("failed", "replica_lost"): rising(0.25)}, at="7h"),
     "PusaJobsLate": Scenario({latency("600.0"): rising(2.8)}),
-    "PusaQueueWaits": Scenario({OLDEST: f"5+0x400 600+60x{_N - 401}"}),
-    "PusaDispatcherSilent": Scenario({ROUNDS: f"0+60x400 24000+0x{_N - 401}"}),
-    "PusaNoGangs": Scenario({OPEN: f"2+0x400 0+0x{_N - 401}"}),
+    "PusaQueueWaits": Scenario({OLDEST: f"5+0x130 600+60x{_N - 131}"}),
+    "PusaDispatcherSilent": Scenario({ROUNDS: f"0+60x130 7800+0x{_N - 131}"}),
+    "PusaNoGangs": Scenario({OPEN: f"2+0x130 0+0x{_N - 131}"}),
     "PusaReplicasMissing": Scenario(
-        {of_role("deployment_replica_healthy", "Denoiser", "b"): f"1+0x380 0+0x{_N - 381}"},
+        {of_role("deployment_replica_healthy", "Denoiser", "b"): f"1+0x110 0+0x{_N - 111}"},
         labels={"application": "pusa", "deployment": "Denoiser"},
         summary="Denoiser lacks 1 replicas.",
     ),
     "PusaDeploymentUnhealthy": Scenario(
-        {of_role("deployment_status", "Vae"): f"6+0x400 2+0x{_N - 401}"},
+        {of_role("deployment_status", "Vae"): f"6+0x130 2+0x{_N - 131}"},
         labels={"application": "pusa", "deployment": "Vae"},
         summary="Vae failed to deploy, or is unhealthy.",
     ),
-    "PusaGangsDie": Scenario({'ray_video_gangs_lost_total{replica="d"}': f"_x400 1 1 1 2 2 3 3+0x{_N - 407}"}),
+    "PusaGangsDie": Scenario({'ray_video_gangs_lost_total{replica="d"}': f"_x130 1 1 1 2 2 3 3+0x{_N - 137}"}),
     "PusaAttemptsRepeat": Scenario(
-        {'ray_video_jobs_requeued_total{reason="replica_lost",replica="d"}': from_minute(405, 1, 1)}
+        {'ray_video_jobs_requeued_total{reason="replica_lost",replica="d"}': from_minute(135, 1, 1)}
     ),
-    "PusaCheckpointsFail": Scenario({"ray_video_checkpoint_failures_total": from_minute(410, 1, 1)}),
+    "PusaCheckpointsFail": Scenario({"ray_video_checkpoint_failures_total": from_minute(140, 1, 1)}),
     "PusaStorageUnavailable": Scenario(
-        {'ray_video_rejects_total{code="storage_unavailable",status="503",replica="g"}': from_minute(412, 1, 1)}
+        {'ray_video_rejects_total{code="storage_unavailable",status="503",replica="g"}': from_minute(142, 1, 1)}
     ),
-    "PusaServerErrors": Scenario({http(500): from_minute(390, 60, 1)}),
+    "PusaServerErrors": Scenario({http(500): from_minute(120, 60, 1)}),
     "PusaStepsSlower": Scenario(
-        {STEP_SUM: f"0+40x380 15200+80x{_N - 381}"},
+        {STEP_SUM: f"0+40x110 4400+80x{_N - 111}"},
         labels={"max_tokens": "32768"},
         summary="Steps of up to 32768 tokens take half as long again as an hour ago.",
     ),
-    "PusaDrainTooLong": Scenario({COST: f"400+0x380 9000+0x{_N - 381}"}),
+    "PusaDrainTooLong": Scenario({COST: f"130+0x110 9000+0x{_N - 111}"}),
     "PusaWebhooksGivenUp": Scenario(
-        {'ray_video_webhooks_total{result="given_up",replica="d"}': from_minute(400, 0, 1)}
+        {'ray_video_webhooks_total{result="given_up",replica="d"}': from_minute(130, 0, 1)}
     ),
     "PusaModerationFails": Scenario(
-        {'ray_video_moderation_total{subject="request",result="failed",replica="g"}': from_minute(415, 1, 1)}
+        {'ray_video_moderation_total{subject="request",result="failed",replica="g"}': from_minute(145, 1, 1)}
     ),
     "PusaDecodersFail": Scenario(
-        {'ray_video_decoder_failures_total{role="gateway",replica="g"}': from_minute(410, 1, 1)}
+        {'ray_video_decoder_failures_total{role="gateway",replica="g"}': from_minute(140, 1, 1)}
     ),
     "PusaNodeMemoryHigh": Scenario(
-        {node("node_mem_used"): f"60+0x400 95+0x{_N - 401}"},
+        {node("node_mem_used"): f"60+0x130 95+0x{_N - 131}"},
         labels={"NodeAddress": "10.0.0.1"},
         summary="Node 10.0.0.1 uses more than 92 % of its memory; Ray kills workers at 95 %.",
     ),
     "PusaNodeDiskFull": Scenario(
-        {node("node_disk_usage"): f"50+0x400 900+0x{_N - 401}"},
+        {node("node_disk_usage"): f"50+0x130 900+0x{_N - 131}"},
         labels={"NodeAddress": "10.0.0.1"},
         summary="The disk of node 10.0.0.1 is 85 % full; Ray stops at 95 %.",
     ),
     "PusaObjectsSpill": Scenario(
-        {SPILLED: f"3+0x400 3+5x{_N - 401}"},
+        {SPILLED: f"3+0x130 3+5x{_N - 131}"},
         labels={"NodeAddress": "10.0.0.1"},
         summary="Node 10.0.0.1 writes tensors to disk because its object store is full.",
     ),
-    "PusaControllerSlow": Scenario({LOOP: f"0.01+0x400 9+0x{_N - 401}"}),
+    "PusaControllerSlow": Scenario({LOOP: f"0.01+0x130 9+0x{_N - 131}"}),
 }
