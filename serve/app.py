@@ -6,6 +6,7 @@ gateway and the dispatcher get the database's URL.
 
 import asyncio
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
 from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
+from serve.traces import Traces
 from serve.vae import MAX_CALLS, NUM_THREADS, Vae
 from serve.webhooks import Webhooks, keep_delivering
 
@@ -54,7 +56,10 @@ class GatewayReplica:
         check_cluster(config)
         self._behind = dispatcher, denoiser  # binds them, and all behind them, into the application
         app_name = ray_serve.get_replica_context().app_name
-        self._gateway = Gateway(config, functools.partial(readiness, app_name), measures=GatewayMetrics())
+        traces = Traces.to(traces_endpoint(config), GATEWAY)
+        self._gateway = Gateway(
+            config, functools.partial(readiness, app_name), measures=GatewayMetrics(), traces=traces
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray Serve asks for after construction."""
@@ -70,6 +75,7 @@ class DispatcherReplica:
         Logs(config.logs, {"role": DISPATCHER}).configure()
         check_cluster(config)
         metrics = JobMetrics()
+        self._traces = Traces.to(traces_endpoint(config), DISPATCHER)
         self._store = JobStore(config.resolved_database_url)
         self._store.create_tables()
         artifacts = ArtifactStore(config.resolved_artifacts_url)
@@ -85,6 +91,7 @@ class DispatcherReplica:
             moderation=Moderation.load(config.moderation, metrics.moderated),
             max_decoding=4 * NUM_THREADS * num_vaes,
             handover_s=config.denoiser.handover_timeout_s,
+            traces=self._traces,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
         webhooks = Webhooks(self._store, on_try=metrics.webhook)
@@ -108,6 +115,7 @@ class DispatcherReplica:
         await self._dispatcher.close()
         await self._running
         self._store.close()
+        await asyncio.to_thread(self._traces.close)
 
 
 class TextEncoderReplica(TextEncoder):
@@ -202,6 +210,11 @@ def require_loopback(config: ServeConfig, host: str | None) -> None:
             f"http host {host} is reachable from the network, but no keys are asked for; "
             "set require_keys and make some with 'python -m serve keys create', or serve on 127.0.0.1"
         )
+
+
+def traces_endpoint(config: ServeConfig) -> str | None:
+    """Who collects traces; None: nobody."""
+    return config.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
 
 
 def num_alive_nodes() -> int:

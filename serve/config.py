@@ -132,6 +132,9 @@ class ServeConfig(Settings):
     """What clients are told to wait between polls."""
     logs: LogFormat = "text"
     """Lines for people, or one JSON object each with role, job, tenant, gang and rank."""
+    otlp_endpoint: str | None = None
+    """Collector of traces by OTLP over HTTP, such as ``http://collector:4318``; by default what the environment
+    variable OTEL_EXPORTER_OTLP_ENDPOINT says, and none without it."""
     uploads: UploadLimits = UploadLimits()
     gateway: RoleConfig = RoleConfig()
     dispatcher: RoleConfig = RoleConfig()

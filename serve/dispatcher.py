@@ -27,6 +27,7 @@ from serve.policy.priority import Priority, is_urgent
 from serve.stages import Checkpoint, GangHandle, Previewed, ReplicaLostError, Stages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact, Job, JobStore
+from serve.traces import NO_TRACES, Traces
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Dispatcher:
         replacement_s: how long a job waits after a process of it was lost, so that Ray Serve has noticed
             and the next attempt does not go to the same dead replica.
         handover_s: how long ``close`` waits for the gangs to hand over what they hold.
+        traces: where spans of the stages go.
         clock: Unix seconds.
     """
 
@@ -92,6 +94,7 @@ class Dispatcher:
         lease_s: float = LEASE_S,
         replacement_s: float = REPLACEMENT_S,
         handover_s: float = 120.0,
+        traces: Traces = NO_TRACES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -106,6 +109,7 @@ class Dispatcher:
         self._lease_s = lease_s
         self._replacement_s = replacement_s
         self._handover_s = handover_s
+        self._traces = traces
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._ledger = Ledger(store, model, clock)
@@ -244,7 +248,9 @@ class Dispatcher:
             if job is not None:
                 if job.attempt == 1:
                     weight = self._ledger.standing(job.tenant).weight
-                    self._metrics.waited(self._clock() - job.created_at, job.priority, weight)
+                    now = self._clock()
+                    self._metrics.waited(now - job.created_at, job.priority, weight)
+                    self._traces.past("queued", job.traceparent, job.created_at, now)
                 attempt = self._attempts[job_id] = Attempt(job)
                 with about(job=job_id, tenant=job.tenant):
                     attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
@@ -315,7 +321,10 @@ class Dispatcher:
         try:
             async with deadline:
                 try:
-                    results = await self._run_stages(attempt)
+                    with self._traces.span(
+                        "attempt", job.traceparent, job=job.id, tenant=job.tenant, number=job.attempt
+                    ):
+                        results = await self._run_stages(attempt)
                     await self._moderate(job, {variant: file.key for variant, file in results.items()})
                 finally:
                     attempt.is_over = True
@@ -338,14 +347,14 @@ class Dispatcher:
         job = attempt.job
         await self._db(self._store.record_precision, job.id, job.attempt, self._precision)
         try:
-            return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
+            return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage, self._traces)
         except CheckpointError as error:
             if attempt.checkpoint is None:
                 raise
             logger.warning("job %s: begins anew, its checkpoint cannot be used: %s", job.id, error)
         await self._db(self._store.forget_checkpoint, job.id, job.attempt)
         attempt.start_afresh()
-        return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage)
+        return await run_stages(attempt, self._stages, self._gangs.denoise, self._metrics.stage, self._traces)
 
     async def _moderate(self, job: Job, keys: dict[str, str]) -> None:
         await asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)

@@ -146,7 +146,8 @@ class JobMetrics:
         self._gangs, self._places = GANGS.instrument(), FREE_PLACES.instrument()
         self._lost, self._rounds = GANGS_LOST.instrument(), DISPATCHER_ROUNDS.instrument()
         self._webhooks, self._moderation = WEBHOOKS.instrument(), MODERATION.instrument()
-        self._seen: set[tuple[str, str, str]] = set()
+        # What has been there is told of when it is gone, too; the usual from the start.
+        self._seen = {("queued", "interactive", "1"), ("in_progress", "interactive", "1")}
 
     def waited(self, seconds: float, priority: Priority, weight: float) -> None:
         """A dispatcher took a job for the first time."""
@@ -201,7 +202,7 @@ class JobMetrics:
         self._rounds.inc(1)
         depth: dict[str, int] = {"queued": 0, "in_progress": 0}
         oldest: dict[str, float] = {"interactive": 0.0, "batch": 0.0}
-        cost = dict.fromkeys(self._seen, 0.0)  # what has gone must be seen to go
+        cost = dict.fromkeys(self._seen, 0.0)
         tenants: dict[str, set[str]] = {of: set() for _, _, of in self._seen}
         for one in backlog:
             of = tenant_class(weight_of(one.tenant))

@@ -38,6 +38,7 @@ from serve.store.jobs import (
     UnknownTenantError,
     new_job_id,
 )
+from serve.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Intake:
         forecast: predicts what a job costs.
         media: fetches and looks into what comes in.
         measures: told of what is accepted, and of what moderation says.
+        traces: whose current span a new job goes on with.
         clock: Unix seconds.
     """
 
@@ -67,6 +69,7 @@ class Intake:
         forecast: Forecast,
         media: IncomingMedia,
         measures: Measures,
+        traces: Traces,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -76,6 +79,7 @@ class Intake:
         self._forecast = forecast
         self._media = media
         self._measures = measures
+        self._traces = traces
         self._clock = clock
         self._tokenizer = load_tokenizer(model)
         self._moderation = Moderation.load(config.moderation, measures.moderated)
@@ -174,6 +178,7 @@ class Intake:
             webhook_url=ours.webhook,
             fingerprint=origin.fingerprint,
             idempotency_key=origin.idempotency_key,
+            traceparent=self._traces.traceparent(),
             is_retry=origin.is_retry,
         )
         return self._keep(job, uploads, origin)

@@ -21,12 +21,41 @@ from serve.http.errors import (
 )
 from serve.http.tenants import Tenants
 from serve.logs import about
+from serve.traces import Traces
 
 logger = logging.getLogger(__name__)
 
 
 class BrokenOffError(Exception):
     """The answer had begun when it failed; the server must break the connection off."""
+
+
+class RequestSpans:
+    """A span for every request that may change something; one that only looks, or streams, is none."""
+
+    def __init__(self, app: ASGIApp, traces: Traces) -> None:
+        self._app = app
+        self._traces = traces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        with self._traces.span("POST", Headers(scope=scope).get("traceparent")) as span:
+            if span is None:
+                await self._app(scope, receive, send)
+                return
+
+            async def seen(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                    route = getattr(scope.get("route"), "path", None)
+                    if route is not None:
+                        span.update_name(f"POST {route}")
+                await send(message)
+
+            await self._app(scope, receive, seen)
 
 
 class RequestIds:

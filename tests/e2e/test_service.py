@@ -200,7 +200,7 @@ def test_prometheus_sees_jobs_stages_steps_and_the_queue(client):
         ("ray_video_step_seconds_count", "max_tokens", "128"),
         ("ray_video_queue_depth", "status", "queued"),
         ("ray_video_job_seconds_count", "outcome", "completed"),
-        *((name, "Version", ray.__version__) for name in on_dashboards),
+        *((name, "NAME", name) for name in on_dashboards),
     }
     deadline = time.monotonic() + 40  # Ray reports every ten seconds
     while missing := wanted - seen_by_prometheus(url):
@@ -225,7 +225,7 @@ def seen_by_prometheus(url):
         (sample.name, label, value)
         for family in families
         for sample in family.samples
-        for label, value in sample.labels.items()
+        for label, value in (*sample.labels.items(), ("NAME", sample.name))
     }
 
 
