@@ -18,7 +18,7 @@ help:
 
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,traces,dev]'
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 openai==2.54.0 distro
 	touch $@
 

@@ -6,6 +6,7 @@ gateway and the dispatcher get the database's URL.
 
 import asyncio
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from serve.config import MAX_STREAMS, DenoiserConfig, RoleConfig, ServeConfig, r
 from serve.dispatcher import Dispatcher
 from serve.gang import MakeWorker
 from serve.gang_replica import DenoiserReplica
-from serve.metrics import JobMetrics
+from serve.logs import Logs
+from serve.metrics import GatewayMetrics, JobMetrics, VaeMetrics
 from serve.moderation import Moderation
 from serve.scaling import num_wanted
 from serve.serve_stages import ActorGang, ServeStages
@@ -28,6 +30,7 @@ from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
 from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
+from serve.traces import Traces
 from serve.vae import MAX_CALLS, NUM_DECODES, Vae
 from serve.webhooks import Webhooks, keep_delivering
 
@@ -49,9 +52,14 @@ class GatewayReplica:
     def __init__(self, config: ServeConfig, dispatcher: Handle, denoiser: Handle) -> None:
         from serve.http.gateway import Gateway  # FastAPI and all it needs stay out of the other roles
 
+        Logs(config.logs, {"role": GATEWAY}).configure()
         check_cluster(config)
         self._behind = dispatcher, denoiser  # binds them, and all behind them, into the application
-        self._gateway = Gateway(config, functools.partial(readiness, ray_serve.get_replica_context().app_name))
+        app_name = ray_serve.get_replica_context().app_name
+        traces = Traces.to(traces_endpoint(config), GATEWAY)
+        self._gateway = Gateway(
+            config, functools.partial(readiness, app_name), measures=GatewayMetrics(), traces=traces
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray Serve asks for after construction."""
@@ -64,7 +72,10 @@ class DispatcherReplica:
     """The dispatcher over the handles of the other roles; see ``serve.dispatcher``."""
 
     def __init__(self, config: ServeConfig, model: str, precision: str, text_encoder: Handle, vae: Handle) -> None:
+        Logs(config.logs, {"role": DISPATCHER}).configure()
         check_cluster(config)
+        metrics = JobMetrics()
+        self._traces = Traces.to(traces_endpoint(config), DISPATCHER)
         self._store = JobStore(config.resolved_database_url)
         self._store.create_tables()
         artifacts = ArtifactStore(config.resolved_artifacts_url)
@@ -73,19 +84,21 @@ class DispatcherReplica:
             self._store,
             artifacts,
             ServeStages(text_encoder, vae),
-            JobMetrics(),
+            metrics,
             model=model,
             precision=precision,
             job_deadline_s=config.job_deadline_s,
-            moderation=Moderation.load(config.moderation),
+            moderation=Moderation.load(config.moderation, metrics.moderated),
             num_decoders=NUM_DECODES * num_vaes,
             max_decoding=8 * NUM_DECODES * num_vaes,
             handover_s=config.denoiser.handover_timeout_s,
+            traces=self._traces,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
         sweeping = keep_sweeping(self._store, artifacts, leftovers_age_s=config.leftovers_age_s)
         self._sweeping = asyncio.get_running_loop().create_task(sweeping)
-        self._delivering = asyncio.get_running_loop().create_task(keep_delivering(Webhooks(self._store)))
+        webhooks = Webhooks(self._store, on_try=metrics.webhook)
+        self._delivering = asyncio.get_running_loop().create_task(keep_delivering(webhooks))
 
     async def register(self, name: str, coordinator: Any, max_resident: int) -> int:
         """A gang is there; returns how many there should be. See ``serve.gang_replica``."""
@@ -104,6 +117,23 @@ class DispatcherReplica:
         await self._dispatcher.close()
         await self._running
         self._store.close()
+        await asyncio.to_thread(self._traces.close)
+
+
+class TextEncoderReplica(TextEncoder):
+    """See ``serve.text_encoder``."""
+
+    def __init__(self, logs: Logs, model: ModelConfig, device: str) -> None:
+        logs.configure()
+        super().__init__(model, device)
+
+
+class VaeReplica(Vae):
+    """See ``serve.vae``."""
+
+    def __init__(self, logs: Logs, model: ModelConfig, device: str, artifacts_url: str) -> None:
+        logs.configure()
+        super().__init__(model, device, artifacts_url, VaeMetrics().decoder_failed)
 
 
 def build_app(args: ServeConfig) -> ray_serve.Application:
@@ -136,13 +166,15 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     config = config.model_copy(update={"state_dir": str(Path(config.state_dir).absolute())})
     if ray.is_initialized():
         require_shared_stores(config, num_alive_nodes())
-    text_encoder = _deployment(TextEncoder, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
-        model, config.text_encoder.device
+    text_encoder = _deployment(TextEncoderReplica, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
+        Logs(config.logs, {"role": TEXT_ENCODER}), model, config.text_encoder.device
     )
-    vae = _deployment(Vae, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
-        model, config.vae.device, config.resolved_artifacts_url
+    vae = _deployment(VaeReplica, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
+        Logs(config.logs, {"role": VAE}), model, config.vae.device, config.resolved_artifacts_url
     )
-    denoiser = _gang_deployment(config).bind(config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER)
+    denoiser = _gang_deployment(config).bind(
+        Logs(config.logs, {"role": DENOISER}), config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER
+    )
     handover_s = config.denoiser.handover_timeout_s + 30.0
     dispatcher = _deployment(
         DispatcherReplica,
@@ -180,6 +212,11 @@ def require_loopback(config: ServeConfig, host: str | None) -> None:
             f"http host {host} is reachable from the network, but no keys are asked for; "
             "set require_keys and make some with 'python -m serve keys create', or serve on 127.0.0.1"
         )
+
+
+def traces_endpoint(config: ServeConfig) -> str | None:
+    """Who collects traces; None: nobody."""
+    return config.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
 
 
 def num_alive_nodes() -> int:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 from serve.stages import Checkpoint, Conditions, Stages, TensorRef
 from serve.store.jobs import Artifact, Job, Stage
+from serve.traces import NO_TRACES, Traces
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +77,7 @@ async def run_stages(
     denoise: Denoise,
     decode_turn: DecodeTurn,
     on_stage: Callable[[str, float], None],
+    traces: Traces = NO_TRACES,
 ) -> dict[str, Artifact]:
     """Take a job from where it stands to its files.
 
@@ -85,24 +87,27 @@ async def run_stages(
         denoise: the gangs.
         decode_turn: see ``DecodeTurn``.
         on_stage: told the name and seconds of every stage.
+        traces: given a span of each.
 
     Raises:
         CheckpointError: the checkpoint it stood at cannot be used; the job must start afresh.
     """
-    source = attempt.checkpoint or await _conditions(attempt, stages, on_stage)
-    with _stage(attempt, "denoise", on_stage):
+    source = attempt.checkpoint or await _conditions(attempt, stages, on_stage, traces)
+    with _stage(attempt, "denoise", on_stage, traces):
         latents = await denoise(attempt, source)
-    with _stage(attempt, "decode", on_stage):
+    with _stage(attempt, "decode", on_stage, traces):
         async with decode_turn(attempt.job):
             return await stages.decode(attempt.job, latents)
 
 
-async def _conditions(attempt: Attempt, stages: Stages, on_stage: Callable[[str, float], None]) -> Conditions:
+async def _conditions(
+    attempt: Attempt, stages: Stages, on_stage: Callable[[str, float], None], traces: Traces
+) -> Conditions:
     job, given = attempt.job, None
-    with _stage(attempt, "text", on_stage):
+    with _stage(attempt, "text", on_stage, traces):
         context, negative = await _embed(job, stages)
     if job.request.conditioning:
-        with _stage(attempt, "encode", on_stage):
+        with _stage(attempt, "encode", on_stage, traces):
             given = await stages.encode(job)
     return Conditions(context=context, negative=negative, given=given)
 
@@ -117,11 +122,12 @@ async def _embed(job: Job, stages: Stages) -> tuple[TensorRef, TensorRef | None]
 
 
 @contextmanager
-def _stage(attempt: Attempt, stage: Stage, on_stage: Callable[[str, float], None]) -> Iterator[None]:
+def _stage(attempt: Attempt, stage: Stage, on_stage: Callable[[str, float], None], traces: Traces) -> Iterator[None]:
     attempt.at(stage, attempt.step)
     started = time.perf_counter()
     try:
-        yield
+        with traces.span(stage, step=attempt.step):
+            yield
     finally:
         attempt.seconds[stage] = time.perf_counter() - started
         on_stage(stage, attempt.seconds[stage])

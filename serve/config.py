@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pusa_dist.config import ModelConfig, ParallelConfig, load_model_config
 from pusa_dist.errors import ConfigError
+from serve.logs import LogFormat
 
 MAX_STREAMS = 800
 """Event streams of a gateway, of all tenants; each is a request that goes on until its job ends."""
@@ -146,6 +147,11 @@ class ServeConfig(Settings):
     """Files of dead attempts are removed this long after their job has ended; a stale attempt may write until then."""
     poll_after_ms: int = Field(500, ge=50)
     """What clients are told to wait between polls."""
+    logs: LogFormat = "text"
+    """Lines for people, or one JSON object each with role, job, tenant, gang and rank."""
+    otlp_endpoint: str | None = None
+    """Collector of traces by OTLP over HTTP, such as ``http://collector:4318``; by default what the environment
+    variable OTEL_EXPORTER_OTLP_ENDPOINT says, and none without it."""
     uploads: UploadLimits = UploadLimits()
     gateway: RoleConfig = RoleConfig()
     dispatcher: RoleConfig = RoleConfig()

@@ -9,10 +9,12 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
+from typing import Protocol
 
 from pusa_dist.errors import GangError, PusaError
 from serve.config import DenoiserConfig
 from serve.gang import Gang, Held
+from serve.logs import about
 from serve.policy import tick
 from serve.policy.cost import StepShape, observed
 from serve.policy.step_deadline import deadline
@@ -36,8 +38,13 @@ from serve.stages import (
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[int, float], None]
-"""Told the tokens and the seconds of every step."""
+
+class Metrics(Protocol):
+    """Where steps are reported; see ``serve.metrics.GangMetrics``."""
+
+    def step(self, num_tokens: int, seconds: float) -> None: ...  # noqa: D102
+    def checkpoint_failed(self) -> None: ...  # noqa: D102
+
 
 _TICK_S = 0.5
 _RETRY_S = 2.0
@@ -55,12 +62,12 @@ class Denoiser:
         self,
         config: DenoiserConfig,
         gang: Gang,
-        on_step: OnStep | None = None,
+        metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._gang = gang
-        self._on_step = on_step
+        self._metrics = metrics
         self._clock = clock
         self._residents: list[Resident] = []
         self._to_drop: list[str] = []
@@ -173,6 +180,7 @@ class Denoiser:
             is_closed=self._is_leaving or self._gang.error is not None,
             lora=self._lora,
             switch_s=self._switch_s,
+            is_lost=self._gang.error is not None,
         )
 
     def _find(self, job_id: str, attempt: int) -> Resident | None:
@@ -180,7 +188,8 @@ class Denoiser:
 
     def _forget(self, resident: Resident, why: str) -> None:
         if not resident.is_gone:
-            logger.warning("job %s: attempt %d dropped: %s", resident.job_id, resident.attempt, why)
+            with about(job=resident.job_id, tenant=resident.claim.tenant):
+                logger.warning("job %s: attempt %d dropped: %s", resident.job_id, resident.attempt, why)
             resident.is_gone = True
             resident.messages.put_nowait(ReplicaLostError(f"the gang dropped the job: {why}"))
 
@@ -300,7 +309,8 @@ class Denoiser:
         steady = {one.name: one for one in self._residents if one.is_steady}
         for resident in steady.values():
             if resident.is_due(every):
-                resident.saving = asyncio.ensure_future(self._save(resident))
+                with about(job=resident.job_id, tenant=resident.claim.tenant):
+                    resident.saving = asyncio.ensure_future(self._save(resident))
         names = tick.next_step(
             (one.seen(name) for name, one in steady.items()),
             running=self._running,
@@ -340,6 +350,8 @@ class Denoiser:
         except Exception as error:  # noqa: BLE001 - whatever the store raised: it is tried again
             if resident in self._residents and not resident.is_gone:
                 logger.warning("job %s: no checkpoint at step %d: %s", resident.job_id, resident.step, error)
+                if self._metrics is not None:
+                    self._metrics.checkpoint_failed()
                 await asyncio.sleep(_RETRY_S)
         else:
             if resident.is_gone:
@@ -392,8 +404,8 @@ class Denoiser:
         else:
             self._switch_s = max(0.0, seconds - usual)
         self._lora = lora
-        if self._on_step is not None:
-            self._on_step(shape.num_tokens, seconds)
+        if self._metrics is not None:
+            self._metrics.step(shape.num_tokens, seconds)
 
 
 def _shape(stepping: list[Resident]) -> StepShape:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol, TypeVar
@@ -18,14 +18,18 @@ from pusa_dist.errors import CheckpointError, GangError, NumericsError, PusaErro
 from serve.attempt import Attempt, run_stages
 from serve.fair_turns import FairTurns
 from serve.gangs import Gangs
+from serve.gangs import Metrics as GangsMetrics
 from serve.ledger import Ledger
+from serve.logs import about
 from serve.moderation import NO_MODERATION, Moderation, ModerationUnavailableError
 from serve.policy.admission import Held, Queued, claims
+from serve.policy.cost import Backlog
 from serve.policy.fairness import Turn, Waiting
-from serve.policy.priority import is_urgent
+from serve.policy.priority import Priority, is_urgent
 from serve.stages import Checkpoint, GangHandle, Previewed, ReplicaLostError, Stages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact, Job, JobStore
+from serve.traces import NO_TRACES, Traces
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +49,15 @@ _DB_SHARE = 0.2
 _DB_THREADS = 4
 
 
-class Metrics(Protocol):
+class Metrics(GangsMetrics, Protocol):
     """Where outcomes and durations are reported; see ``serve.metrics.JobMetrics``."""
 
-    def ended(self, outcome: str, seconds: float) -> None: ...  # noqa: D102
+    def waited(self, seconds: float, priority: Priority, weight: float) -> None: ...  # noqa: D102
+    def ended(self, code: str, seconds: float, priority: Priority) -> None: ...  # noqa: D102
     def requeued(self, reason: str) -> None: ...  # noqa: D102
-    def stage(self, stage: str, seconds: float) -> None: ...  # noqa: D102
-    def depth(self, counts: Any) -> None: ...  # noqa: D102
-    def gangs(self, num_gangs: int, num_free: int) -> None: ...  # noqa: D102
+    def gangs(self, states: Mapping[str, int], num_free: int) -> None: ...  # noqa: D102
     def checkpointed(self) -> None: ...  # noqa: D102
-    def released(self) -> None: ...  # noqa: D102
-    def repeated(self) -> None: ...  # noqa: D102
+    def round(self, backlog: Iterable[Backlog], weight_of: Callable[[str], float]) -> None: ...  # noqa: D102
 
 
 class Dispatcher:
@@ -76,6 +78,7 @@ class Dispatcher:
         replacement_s: how long a job waits after a process of it was lost, so that Ray Serve has noticed
             and the next attempt does not go to the same dead replica.
         handover_s: how long ``close`` waits for the gangs to hand over what they hold.
+        traces: where spans of the stages go.
         clock: Unix seconds.
     """
 
@@ -95,6 +98,7 @@ class Dispatcher:
         lease_s: float = LEASE_S,
         replacement_s: float = REPLACEMENT_S,
         handover_s: float = 120.0,
+        traces: Traces = NO_TRACES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -110,6 +114,7 @@ class Dispatcher:
         self._lease_s = lease_s
         self._replacement_s = replacement_s
         self._handover_s = handover_s
+        self._traces = traces
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._ledger = Ledger(store, model, clock)
@@ -210,8 +215,9 @@ class Dispatcher:
         self._max_running = {one.name: one.quota.max_running for one in tenants}
         counts = await self._db(self._store.unfinished)
         self._num_queued = counts.get("queued", 0)
-        self._metrics.depth(counts)
-        self._metrics.gangs(self._gangs.num_gangs, self._gangs.num_free)
+        backlog = await self._db(self._store.backlog)
+        self._metrics.round(backlog, lambda tenant: self._ledger.standing(tenant).weight)
+        self._metrics.gangs(self._gangs.states, self._gangs.num_free)
 
     async def _report_and_stop(self) -> None:
         if not self._attempts:
@@ -245,8 +251,14 @@ class Dispatcher:
                 continue
             job = await self._db(self._store.claim, job_id, self._owner, self._lease_s)
             if job is not None:
+                if job.attempt == 1:
+                    weight = self._ledger.standing(job.tenant).weight
+                    now = self._clock()
+                    self._metrics.waited(now - job.created_at, job.priority, weight)
+                    self._traces.past("queued", job.traceparent, job.created_at, now)
                 attempt = self._attempts[job_id] = Attempt(job)
-                attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
+                with about(job=job_id, tenant=job.tenant):
+                    attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
 
     def _turns(self, queued: Iterable[Waiting]) -> list[Turn]:
         """The order of all that waits, ready or not."""
@@ -290,7 +302,7 @@ class Dispatcher:
             outcome = await self._outcome(attempt)
             await asyncio.to_thread(self._clean, attempt, outcome)
             if outcome is not None:
-                self._metrics.ended(outcome, self._clock() - job.created_at)
+                self._metrics.ended(outcome, self._clock() - job.created_at, job.priority)
                 logger.info("job %s: %s after attempt %d", job.id, outcome, job.attempt)
         except Exception:  # the store is gone, too: the lease runs out and the job is tried again
             logger.exception("job %s: the end of attempt %d could not be written", job.id, job.attempt)
@@ -314,7 +326,10 @@ class Dispatcher:
         try:
             async with deadline:
                 try:
-                    results = await self._run_stages(attempt)
+                    with self._traces.span(
+                        "attempt", job.traceparent, job=job.id, tenant=job.tenant, number=job.attempt
+                    ):
+                        results = await self._run_stages(attempt)
                     await self._moderate(job, {variant: file.key for variant, file in results.items()})
                 finally:
                     attempt.is_over = True
@@ -347,7 +362,9 @@ class Dispatcher:
         return await self._through_stages(attempt)
 
     async def _through_stages(self, attempt: Attempt) -> dict[str, Artifact]:
-        return await run_stages(attempt, self._stages, self._gangs.denoise, self._decode_turn, self._metrics.stage)
+        return await run_stages(
+            attempt, self._stages, self._gangs.denoise, self._decode_turn, self._metrics.stage, self._traces
+        )
 
     def _decode_turn(self, job: Job) -> AbstractAsyncContextManager[None]:
         """See ``serve.attempt.DecodeTurn``; what a decode costs grows with the tokens."""

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pusa_dist.errors import CheckpointError, GangError, PusaError
 from pusa_dist.request import GenerationRequest
 from serve.config import DenoiserConfig
+from serve.logs import Logs
 from serve.stages import ReplicaLostError
 from serve.store.artifacts import ArtifactStore
 
@@ -54,7 +55,9 @@ class Rank:
     Only ``checkpoint``, ``preview``, ``discard``, ``read`` and ``ping`` run beside them, on threads of their own.
     """
 
-    def __init__(self, make_worker: MakeWorker, artifacts_url: str) -> None:
+    def __init__(self, make_worker: MakeWorker, artifacts_url: str, logs: Logs | None = None) -> None:
+        if logs is not None:
+            logs.configure()
         self._worker = make_worker()
         self._artifacts = ArtifactStore(artifacts_url)
 
@@ -137,14 +140,21 @@ class Gang:
     """
 
     def __init__(
-        self, config: DenoiserConfig, make_worker: MakeWorker, artifacts_url: str, placement: PlacementGroup | None
+        self,
+        config: DenoiserConfig,
+        make_worker: MakeWorker,
+        artifacts_url: str,
+        placement: PlacementGroup | None,
+        logs: Logs | None = None,
     ) -> None:
         self._config = config
         self.error: GangError | None = None
         self.pids: list[int] = []
         self.node_ids: set[str] = set()
         self._ranks = [
-            _rank_actor(config, placement, index).remote(make_worker, artifacts_url)
+            _rank_actor(config, placement, index).remote(
+                make_worker, artifacts_url, None if logs is None else logs.of(rank=index)
+            )
             for index in range(config.parallel.world_size)
         ]
 

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
 from serve.gang import Gang, MakeWorker
+from serve.logs import Logs
 from serve.metrics import GangMetrics
 from serve.scaling import WANTED_GANGS
 from serve.stages import Assignment, Finished, Kept, ReplicaLostError, TensorRef
@@ -42,9 +43,11 @@ class Coordinator(Denoiser):
         make_worker: MakeWorker,
         artifacts_url: str,
         placement: PlacementGroup | None,
+        logs: Logs,
     ) -> None:
-        self._ranks = Gang(config, make_worker, artifacts_url, placement)
-        super().__init__(config, self._ranks, GangMetrics().step)
+        logs.configure()
+        self._ranks = Gang(config, make_worker, artifacts_url, placement, logs)
+        super().__init__(config, self._ranks, GangMetrics())
         self._kept: dict[tuple[str, int], TensorRef] = {}
         self._taken = asyncio.Event()
 
@@ -94,12 +97,16 @@ class Coordinator(Denoiser):
 class DenoiserReplica:
     """Owner of a coordinator: tells the dispatcher of it, and Serve how it is."""
 
-    def __init__(self, config: DenoiserConfig, make_worker: MakeWorker, artifacts_url: str, dispatcher: str) -> None:
+    def __init__(
+        self, logs: Logs, config: DenoiserConfig, make_worker: MakeWorker, artifacts_url: str, dispatcher: str
+    ) -> None:
         context = ray_serve.get_replica_context()
         self._config = config
         self._app_name = context.app_name
         self._dispatcher = dispatcher
         self._name = f"gang-{secrets.token_hex(6)}"
+        logs = logs.of(gang=self._name)
+        logs.configure()
         placement = ray.util.get_current_placement_group()
         assert placement is not None, "the deployment of the denoiser has placement group bundles"
         remote: Any = ray.remote
@@ -107,7 +114,7 @@ class DenoiserReplica:
         self._coordinator = (
             remote(Coordinator)
             .options(name=self._name, namespace=NAMESPACE, num_cpus=0, max_restarts=0, scheduling_strategy=strategy)
-            .remote(config, make_worker, artifacts_url, placement)
+            .remote(config, make_worker, artifacts_url, placement, logs)
         )
         self.pids = list(ray.get(self._coordinator.start.remote()))
         self._num_wanted: int | None = None

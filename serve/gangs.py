@@ -8,6 +8,7 @@ job goes where, and who makes room, is the policy's choice (``serve.policy.place
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -51,10 +52,14 @@ ARRANGE_S = 0.5
 
 
 class Metrics(Protocol):
-    """Where moves are counted; see ``serve.metrics.JobMetrics``."""
+    """Where moves, waits and shares are reported; see ``serve.metrics.JobMetrics``."""
 
+    def stage(self, stage: str, seconds: float) -> None: ...  # noqa: D102
     def released(self) -> None: ...  # noqa: D102
     def repeated(self) -> None: ...  # noqa: D102
+    def delivered(self, cost: float, weight: float) -> None: ...  # noqa: D102
+    def spread(self, seconds: float) -> None: ...  # noqa: D102
+    def gang_lost(self) -> None: ...  # noqa: D102
 
 
 Publish = Callable[[Attempt, Checkpoint], Awaitable[bool]]
@@ -75,10 +80,18 @@ class _Gang:
     running: str | None = None
     """The job that its last step was for."""
     holding: "asyncio.Task[None] | None" = None
+    has_said_goodbye: bool = False
+    """Its last answer was that it leaves, and not that it is lost."""
 
     @property
     def is_open(self) -> bool:
         return self.state is not None and not self.state.is_closed and self.state.num_others < self.max_resident
+
+    @property
+    def condition(self) -> str:
+        if self.state is None:
+            return "silent"
+        return "leaving" if self.state.is_closed else "open" if self.is_open else "full"
 
 
 @dataclass(slots=True, eq=False)
@@ -110,7 +123,7 @@ class Gangs:
     Args:
         owner: name of this dispatcher.
         ledger: what orders the jobs, and is told of every step.
-        metrics: told of jobs that leave gangs, and of steps that are made again.
+        metrics: told of what happens to jobs and gangs.
         publish: see ``Publish``.
         show: see ``Show``.
         clock: Unix seconds.
@@ -159,7 +172,9 @@ class Gangs:
         try:
             while True:
                 self._changed.set()
+                began = time.perf_counter()
                 await seat.placed.wait()
+                self._metrics.stage("place", time.perf_counter() - began)
                 try:
                     last = await self._follow(seat)
                 finally:
@@ -204,6 +219,11 @@ class Gangs:
         return sum(gang.is_open for gang in self._gangs.values())
 
     @property
+    def states(self) -> Counter[str]:
+        """How many gangs are ``open``, ``full`` of others' jobs, ``leaving`` and ``silent``."""
+        return Counter(gang.condition for gang in self._gangs.values())
+
+    @property
     def num_placed(self) -> int:
         """Jobs on gangs."""
         return sum(len(gang.seats) for gang in self._gangs.values())
@@ -229,6 +249,7 @@ class Gangs:
         gangs = [self._view(gang) for gang in self._gangs.values() if gang.state is not None]
         running = [one for gang in gangs for one in gang.residents if one.job_id == gang.running]
         self._ledger.advance(running, [*turns.values(), *self._queued_turns])
+        self._metrics.spread(_spread([*turns.values(), *self._queued_turns]))
         by_id = {one.job_id: one for one in ready}
         usable = [gang for gang in gangs if gang.is_draining or self._gangs[gang.name].is_open]
         for order in placement.orders(usable, ready, switch_s=self._switch_s):
@@ -312,7 +333,10 @@ class Gangs:
         if not is_new:
             self._metrics.repeated()
         attempt.paid_steps = max(attempt.paid_steps, message.step)
-        self._ledger.delivered(seat.job.tenant, shape, message.seconds, message.num_sharing, is_new=is_new)
+        tenant = seat.job.tenant
+        cost = self._ledger.delivered(tenant, shape, message.seconds, message.num_sharing, is_new=is_new)
+        if cost > 0.0:
+            self._metrics.delivered(cost, self._ledger.standing(tenant).weight)
 
     async def _published(self, seat: _Seat, gang: _Gang, checkpoint: Checkpoint) -> None:
         known = seat.attempt.checkpoint
@@ -334,11 +358,14 @@ class Gangs:
                 logger.warning("gang %s does not answer: %s", gang.name, type(error).__name__)
             else:
                 gang.num_missed = 0
+                gang.has_said_goodbye = state.is_closed and not state.is_lost
                 if state != gang.state:
                     gang.state = state
                     self._changed.set()
             await asyncio.sleep(HOLD_S)
         self._gangs.pop(gang.name, None)
+        if not gang.has_said_goodbye:
+            self._metrics.gang_lost()
         for seat in gang.seats.values():
             if seat.silence is not None:
                 seat.silence.reschedule(asyncio.get_running_loop().time())
@@ -427,3 +454,11 @@ class Gangs:
             max_resident=gang.max_resident - gang.state.num_others,
             is_draining=gang.state.is_closed,
         )
+
+
+def _spread(turns: Iterable[Turn]) -> float:
+    """How far the first turns of the tenants are apart, in virtual time."""
+    first: dict[str, float] = {}
+    for turn in turns:
+        first[turn.tenant] = min(turn.virtual_time, first.get(turn.tenant, turn.virtual_time))
+    return max(first.values()) - min(first.values()) if first else 0.0

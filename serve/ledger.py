@@ -96,8 +96,8 @@ class Ledger:
         if to > self.standing(tenant).virtual_time:
             self._note(_Event(tenant, lifted_to=to))
 
-    def delivered(self, tenant: str, shape: StepShape, seconds: float, num_sharing: int, *, is_new: bool) -> None:
-        """A step was made.
+    def delivered(self, tenant: str, shape: StepShape, seconds: float, num_sharing: int, *, is_new: bool) -> float:
+        """A step was made; returns the gang-seconds that its tenant is charged.
 
         Args:
             tenant: whose job it was for.
@@ -109,8 +109,10 @@ class Ledger:
         cost = charge(shape, seconds, self._measured) / num_sharing
         self._measured[shape] = observed(seconds, self._measured.get(shape))
         self._new_shapes.add(shape)
-        if is_new:
-            self._note(_Event(tenant, cost=cost))
+        if not is_new:
+            return 0.0
+        self._note(_Event(tenant, cost=cost))
+        return cost
 
     def read(self) -> None:
         """Fetch what was measured before, and every tenant's line; for the start. Blocking."""

@@ -46,6 +46,8 @@ class Finished:
 
 Hook = Callable[[Submission | Finished], str | None]
 """Answers None, or why not. Called from worker threads, several at once; it may block."""
+OnVerdict = Callable[[str, str], None]
+"""Told of what was judged (``request``, ``video``) and how it went (``passed``, ``refused``, ``failed``)."""
 
 
 class ModerationUnavailableError(Exception):
@@ -55,11 +57,12 @@ class ModerationUnavailableError(Exception):
 class Moderation:
     """Asks the hook, if there is one."""
 
-    def __init__(self, hook: Hook | None) -> None:
+    def __init__(self, hook: Hook | None, on_verdict: OnVerdict | None = None) -> None:
         self._hook = hook
+        self._on_verdict = on_verdict
 
     @classmethod
-    def load(cls, import_string: str | None) -> "Moderation":
+    def load(cls, import_string: str | None, on_verdict: OnVerdict | None = None) -> "Moderation":
         """The hook of a configuration; None: everything passes.
 
         Raises:
@@ -74,7 +77,7 @@ class Moderation:
             raise ConfigError(f"moderation={import_string}: {error}; write 'package.module:function'") from error
         if not callable(hook):
             raise ConfigError(f"moderation={import_string} cannot be called; name a function")
-        return cls(hook)
+        return cls(hook, on_verdict)
 
     def check_submission(self, tenant: str, request: GenerationRequest, inputs: Sequence[bytes]) -> None:
         """Before a job is accepted.
@@ -84,7 +87,7 @@ class Moderation:
             ModerationUnavailableError: the hook failed.
         """
         if self._hook is not None:
-            self._ask(Submission(tenant=tenant, request=request, inputs=tuple(inputs)), "the request")
+            self._ask(Submission(tenant=tenant, request=request, inputs=tuple(inputs)), "request")
 
     def check_result(self, job: Job, keys: dict[str, str], artifacts: ArtifactStore) -> None:
         """Before a result is published.
@@ -106,7 +109,7 @@ class Moderation:
                 variants=frozenset(keys),
                 read=lambda variant: artifacts.read(keys[variant]),
             )
-            self._ask(finished, "the video")
+            self._ask(finished, "video")
 
     def _ask(self, subject: Submission | Finished, what: str) -> None:
         assert self._hook is not None
@@ -115,9 +118,15 @@ class Moderation:
         except Exception as error:  # noqa: BLE001 - the operator's code: whatever it raises, nothing passes
             # Not the error's own words: they may quote the prompt.
             logger.error("the moderation hook failed with %s", type(error).__name__)
-            raise ModerationUnavailableError(f"{what} could not be moderated; try again later") from None
+            self._tell(what, "failed")
+            raise ModerationUnavailableError(f"the {what} could not be moderated; try again later") from None
+        self._tell(what, "passed" if reason is None else "refused")
         if reason is not None:
-            raise RequestError(f"{what} was refused: {reason}", "prompt" if what == "the request" else None, REFUSED)
+            raise RequestError(f"the {what} was refused: {reason}", "prompt" if what == "request" else None, REFUSED)
+
+    def _tell(self, what: str, verdict: str) -> None:
+        if self._on_verdict is not None:
+            self._on_verdict(what, verdict)
 
 
 NO_MODERATION = Moderation(None)

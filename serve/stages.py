@@ -149,6 +149,8 @@ class GangState:
     """LoRA strengths that it has merged."""
     switch_s: float
     """Seconds that a change of strength was seen to take."""
+    is_lost: bool = False
+    """Its ranks are dead; it is being replaced."""
 
 
 class GangHandle(Protocol):

@@ -39,11 +39,18 @@ _DECODE_LIMITS = DecodeLimits(num_bytes=2**40, wall_s=120.0, cpu_s=120, memory_b
 class Vae:
     """Encodes and decodes on threads, so that the replica always answers Serve."""
 
-    def __init__(self, model: ModelConfig, device: str, artifacts_url: str) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: str,
+        artifacts_url: str,
+        on_decoder_failure: Callable[[], None] | None = None,
+    ) -> None:
         from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
 
         self._codec = VideoCodec(model, device, source=Decoders(NUM_THREADS, _DECODE_LIMITS))
         self._artifacts = ArtifactStore(artifacts_url)
+        self._on_decoder_failure = on_decoder_failure
         self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
         self._previews = ThreadPoolExecutor(1, "preview")
         self._colours: LatentColours | None = None
@@ -58,6 +65,8 @@ class Vae:
             try:
                 return self._lent.lend(self._codec.encode_inputs(request, inputs))
             except DecoderLostError as error:
+                if self._on_decoder_failure is not None:
+                    self._on_decoder_failure()
                 raise ReplicaLostError(str(error)) from error
 
         return await self._in_thread(work)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from serve.http.fetch import FetchError, PublicClient
+from serve.logs import about
 from serve.store.deliveries import Delivery
 from serve.store.jobs import JobStore
 
@@ -49,12 +50,20 @@ class Webhooks:
         store: its outbox, and the tenants' secrets.
         client: posts; it must refuse what is not https and public.
         clock: Unix seconds.
+        on_try: told how each went: ``delivered``, ``postponed`` or ``given_up``.
     """
 
-    def __init__(self, store: JobStore, client: Client | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        client: Client | None = None,
+        clock: Callable[[], float] = time.time,
+        on_try: Callable[[str], None] | None = None,
+    ) -> None:
         self._store = store
         self._client = client or PublicClient(timeout_s=TIMEOUT_S)
         self._clock = clock
+        self._on_try = on_try
         self._running: dict[asyncio.Task[None], Delivery] = {}
 
     async def run_once(self, now: float) -> int:
@@ -71,7 +80,8 @@ class Webhooks:
         num_begun = 0
         for one in due:
             if one.id not in known and num_running[one.tenant] < MAX_PER_TENANT:
-                task = asyncio.create_task(self._try(one, now))
+                with about(job=one.job_id, tenant=one.tenant):
+                    task = asyncio.create_task(self._try(one, now))
                 self._running[task] = one
                 task.add_done_callback(self._running.pop)
                 num_running[one.tenant] += 1
@@ -109,20 +119,23 @@ class Webhooks:
             failure = None if 200 <= status < 300 else f"it answered {status}"
         except FetchError as error:
             failure = error.message
-        await asyncio.to_thread(self._note, delivery, failure, now)
+        result = await asyncio.to_thread(self._note, delivery, failure, now)
+        if self._on_try is not None:
+            self._on_try(result)
 
-    def _note(self, delivery: Delivery, failure: str | None, now: float) -> None:
+    def _note(self, delivery: Delivery, failure: str | None, now: float) -> str:
         """Write down how the try went; never where it went, because the URL may carry a secret."""
         if failure is None:
             self._store.delivered(delivery.id, delivery.attempts)
-            return
+            return "delivered"
         wait = back_off(delivery.attempts)
         outlook = "given up" if wait is None else f"again in {wait:.0f} s"
         logger.warning("webhook %s of tenant %s: %s; %s", delivery.id, delivery.tenant, failure, outlook)
         if wait is None:
             self._store.give_up(delivery.id, delivery.attempts, failure)
-        else:
-            self._store.postpone(delivery.id, delivery.attempts, now + wait, failure)
+            return "given_up"
+        self._store.postpone(delivery.id, delivery.attempts, now + wait, failure)
+        return "postponed"
 
 
 async def keep_delivering(webhooks: Webhooks, period_s: float = PERIOD_S) -> None:

@@ -65,14 +65,15 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             _temp_dir=str(folder),
         )
         _on_signal(_interrupt)  # Ray has put its own handlers in place
+        # Of Ray Serve itself; ours are as serve.logs says.
+        quiet = {"log_level": "WARNING", "enable_access_log": False, "encoding": config.logs.upper()}
         try:
             ray_serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": host, "port": port},
-                logging_config={"log_level": "WARNING", "enable_access_log": False},
+                logging_config=quiet,
             )
             try:
-                quiet = {"log_level": "WARNING", "enable_access_log": False}
                 ray_serve.run(build_app(config), name=APP_NAME, logging_config=quiet)
             except RuntimeError as error:
                 print(f"serve: {error}", *_reasons(ray_serve.status()), sep="\n", file=sys.stderr)

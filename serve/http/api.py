@@ -4,7 +4,7 @@ from fastapi import FastAPI
 
 from serve.http.errors import install_error_handlers
 from serve.http.gateway import Gateway
-from serve.http.middleware import Authentication, BodyLimit, RequestIds
+from serve.http.middleware import Authentication, BodyLimit, RequestIds, RequestSpans
 from serve.http.openapi import describe
 from serve.http.routes import router
 
@@ -28,5 +28,6 @@ def create_api(gateway: Gateway) -> FastAPI:
     # The last one added is the first one a request meets.
     app.add_middleware(BodyLimit, max_bytes=gateway.config.uploads.max_body_bytes)
     app.add_middleware(Authentication, tenants=gateway.tenants)
-    app.add_middleware(RequestIds, clock=gateway.clock)
+    app.add_middleware(RequestIds, clock=gateway.clock, on_reject=gateway.measures.rejected)
+    app.add_middleware(RequestSpans, traces=gateway.traces)
     return app

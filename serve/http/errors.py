@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from pusa_dist.errors import RequestError
 from serve.policy.quota import Refusal
@@ -137,6 +138,19 @@ def outline(error: BaseException) -> str:
     return "; because of ".join(parts)
 
 
+class ErrorResponse(JSONResponse):
+    """The answer for an error; leaves its code with the request, for whoever counts them."""
+
+    def __init__(self, error: ServeError, body: ErrorBody, headers: dict[str, str]) -> None:
+        super().__init__(body.model_dump(), error.status, headers)
+        self._code = error.code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer (ASGI)."""
+        scope.setdefault("state", {})["error_code"] = self._code
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: ServeError) -> JSONResponse:
     """The answer for an error; tells the stock client not to retry where that is pointless."""
     kind = _KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
@@ -149,7 +163,7 @@ def error_response(error: ServeError) -> JSONResponse:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(body.model_dump(), error.status, headers)
+    return ErrorResponse(error, body, headers)
 
 
 def _encodable(text: str) -> str:

@@ -16,6 +16,7 @@ from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
 from serve.http.intake import Intake, check_model
 from serve.http.lookup import check_id, find_job, found
+from serve.http.measures import Measures, Unmeasured
 from serve.http.media import IncomingMedia
 from serve.http.repeats import Origin
 from serve.http.tenants import Tenants
@@ -26,6 +27,7 @@ from serve.policy.quota import Quota
 from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
 from serve.store.job import JobProgress
 from serve.store.jobs import Job, JobStore
+from serve.traces import NO_TRACES, Traces
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,21 @@ class Gateway:
         config: the application's configuration.
         readiness: asks whether the other deployments are up.
         clock: Unix seconds.
+        measures: told of what it accepts and refuses.
+        traces: where spans of requests go.
     """
 
-    def __init__(self, config: ServeConfig, readiness: Readiness, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        readiness: Readiness,
+        clock: Callable[[], float] = time.time,
+        measures: Measures | None = None,
+        traces: Traces = NO_TRACES,
+    ) -> None:
         self.config = config
+        self.measures = measures or Unmeasured()
+        self.traces = traces
         self.model = config.load_model()
         self.readiness = readiness
         self.clock = clock
@@ -55,16 +68,19 @@ class Gateway:
         self._store.create_tables()
         self.tenants = Tenants(self._store.tenant_of_key if config.require_keys else None)
         self._forecast = Forecast(self._store, self.model.name, clock)
-        self.media = IncomingMedia(config.uploads)
-        self._intake = Intake(config, self.model, self._store, self.artifacts, self._forecast, self.media, clock)
+        self.media = IncomingMedia(config.uploads, on_decoder_failure=self.measures.decoder_failed)
+        self._intake = Intake(
+            config, self.model, self._store, self.artifacts, self._forecast, self.media, self.measures, traces, clock
+        )
         self._watch: Watch[JobProgress] = Watch(
             self._store.progress_of, EVENT_POLL_S, MAX_STREAMS, config.max_event_streams
         )
 
     def close(self) -> None:
-        """Close the database and end the decoders."""
+        """Close the database, end the decoders and send the last spans."""
         self.media.close()
         self._store.close()
+        self.traces.close()
 
     def create(self, tenant: str, body: IncomingBody, origin: Origin) -> Job:
         """Accept a new video; see ``Intake.create``."""

@@ -20,10 +20,12 @@ from serve.http.errors import ServeError, moderation_unavailable, over_quota, st
 from serve.http.extension import extend_clip
 from serve.http.forecast import Forecast
 from serve.http.lookup import find_job
+from serve.http.measures import Measures
 from serve.http.media import IncomingMedia
 from serve.http.repeats import Origin
 from serve.http.schemas import PusaBody, VideoBody
 from serve.http.uploads import IncomingBody, Media, MediaUrl, Upload, VideoReference
+from serve.logs import about
 from serve.moderation import Moderation, ModerationUnavailableError
 from serve.policy.quota import Quota, check
 from serve.store.artifacts import ArtifactStore, input_key, job_prefix
@@ -36,6 +38,7 @@ from serve.store.jobs import (
     UnknownTenantError,
     new_job_id,
 )
+from serve.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ class Intake:
         artifacts: where inputs are kept.
         forecast: predicts what a job costs.
         media: fetches and looks into what comes in.
+        measures: told of what is accepted, and of what moderation says.
+        traces: whose current span a new job goes on with.
         clock: Unix seconds.
     """
 
@@ -63,6 +68,8 @@ class Intake:
         artifacts: ArtifactStore,
         forecast: Forecast,
         media: IncomingMedia,
+        measures: Measures,
+        traces: Traces,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
@@ -71,9 +78,11 @@ class Intake:
         self._artifacts = artifacts
         self._forecast = forecast
         self._media = media
+        self._measures = measures
+        self._traces = traces
         self._clock = clock
         self._tokenizer = load_tokenizer(model)
-        self._moderation = Moderation.load(config.moderation)
+        self._moderation = Moderation.load(config.moderation, measures.moderated)
 
     def create(self, tenant: str, body: IncomingBody, origin: Origin) -> Job:
         """Accept a new video; when this returns, the job and its inputs are on disk.
@@ -169,6 +178,7 @@ class Intake:
             webhook_url=ours.webhook,
             fingerprint=origin.fingerprint,
             idempotency_key=origin.idempotency_key,
+            traceparent=self._traces.traceparent(),
             is_retry=origin.is_retry,
         )
         return self._keep(job, uploads, origin)
@@ -208,7 +218,9 @@ class Intake:
                     logger.error("job %s of tenant %s could not be stored: %s", job.id, job.tenant, error.strerror)
                     raise storage_unavailable() from error
             raise
-        logger.info("job %s of tenant %s accepted with %d inputs", job.id, job.tenant, len(job.inputs))
+        self._measures.accepted(job.priority)
+        with about(job=job.id):
+            logger.info("job %s of tenant %s accepted with %d inputs", job.id, job.tenant, len(job.inputs))
         return job
 
     def _quota(self, tenant: str) -> Quota:

@@ -6,7 +6,7 @@ so many of the places.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
@@ -49,12 +49,18 @@ class IncomingMedia:
         limits: of uploads.
         client: fetches; by default, one with the configured time, if fetching is on at all.
         decoders: look into files; by default, as many as configured.
+        on_decoder_failure: called when they do not work.
     """
 
     def __init__(
-        self, limits: UploadLimits, client: PublicClient | None = None, decoders: Decoders | None = None
+        self,
+        limits: UploadLimits,
+        client: PublicClient | None = None,
+        decoders: Decoders | None = None,
+        on_decoder_failure: Callable[[], None] | None = None,
     ) -> None:
         self._limits = limits
+        self._on_decoder_failure = on_decoder_failure
         if client is None and limits.media_by_url:
             client = PublicClient(timeout_s=limits.media_by_url_timeout_s)
         self._client = client
@@ -107,6 +113,8 @@ class IncomingMedia:
         except DecodersBusyError as error:
             raise ServeError(503, "decoding_busy", str(error), upload.param) from error
         except DecoderLostError as error:
+            if self._on_decoder_failure is not None:
+                self._on_decoder_failure()
             message = f"{upload.param}: it could not be looked into at the moment; try again later"
             raise ServeError(503, "decoding_unavailable", message, upload.param) from error
 

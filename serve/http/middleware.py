@@ -20,6 +20,8 @@ from serve.http.errors import (
     storage_unavailable,
 )
 from serve.http.tenants import Tenants
+from serve.logs import about
+from serve.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,47 @@ class BrokenOffError(Exception):
     """The answer had begun when it failed; the server must break the connection off."""
 
 
-class RequestIds:
-    """Name and time every request, in the answer and in the log, and answer for what nobody expected."""
+class RequestSpans:
+    """A span for every request that may change something; one that only looks, or streams, is none."""
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+    def __init__(self, app: ASGIApp, traces: Traces) -> None:
+        self._app = app
+        self._traces = traces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        with self._traces.span("POST", Headers(scope=scope).get("traceparent")) as span:
+            if span is None:
+                await self._app(scope, receive, send)
+                return
+
+            async def seen(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                    route = getattr(scope.get("route"), "path", None)
+                    if route is not None:
+                        span.update_name(f"POST {route}")
+                await send(message)
+
+            await self._app(scope, receive, seen)
+
+
+class RequestIds:
+    """Name and time every request, in the answer and in the log, and answer for what nobody expected.
+
+    Args:
+        app: the rest.
+        clock: Unix seconds.
+        on_reject: told the code and the status of every answer that is an error.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float], on_reject: Callable[[str, int], None]) -> None:
         self._app = app
         self._clock = clock
+        self._on_reject = on_reject
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -49,10 +86,13 @@ class RequestIds:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                if message["status"] >= 400:
+                    self._on_reject(scope["state"].get("error_code", "other"), message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, named)
+            with about(request=request_id):
+                await self._app(scope, receive, named)
         except ClientDisconnect:
             logger.debug("%s: %s %s: the client went away", request_id, scope["method"], scope["path"])
         except Exception as error:  # noqa: BLE001 - the outermost boundary: what is unexpected gets an answer
@@ -85,6 +125,9 @@ class Authentication:
                 await error_response(storage_unavailable())(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
+            with about(tenant=tenant):
+                await self._app(scope, receive, send)
+            return
         await self._app(scope, receive, send)
 
 

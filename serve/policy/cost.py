@@ -7,6 +7,9 @@ long video is not one job like any other, and a tenant pays for what it takes fr
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+from serve.policy.priority import Priority
 
 CROSSOVER_TOKENS = 30_000
 """Where attention (quadratic in tokens) costs as much as all else (linear): 29,000 for 14B, 14,000 for 1.3B."""
@@ -22,6 +25,20 @@ class StepShape:
     num_tokens: int
     """Tokens of one forward, over all its samples."""
     uses_guidance: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """What a tenant's unfinished jobs of one status and class still need."""
+
+    tenant: str
+    status: Literal["queued", "in_progress"]
+    priority: Priority
+    num: int
+    cost: float
+    """Gang-seconds left."""
+    oldest_s: float
+    """Age of the oldest of them."""
 
 
 def step_seconds(shape: StepShape, measured: Mapping[StepShape, float]) -> float:

@@ -105,6 +105,8 @@ class Job:
     """Digest of what was sent, to recognise a create that is sent again."""
     idempotency_key: str | None = None
     """What the sender called it; a tenant can use each once."""
+    traceparent: str | None = None
+    """The trace that its spans belong to; None: nobody collects them."""
     is_retry: bool = False
     """Whether the request that made it said that it was sent again."""
 

@@ -11,6 +11,7 @@ from typing import Literal
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
+from serve.policy.cost import Backlog
 from serve.policy.quota import Quota, Refusal, Use, check, day_of, minute_of
 from serve.store.attempts import Attempts
 from serve.store.audit import AuditLog
@@ -190,11 +191,43 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         with self._engine.connect() as connection:
             return {row.status: row.num for row in connection.execute(query).all()}
 
+    def backlog(self) -> list[Backlog]:
+        """What every tenant has unfinished, by status and priority class."""
+        query = (
+            select(
+                jobs.c.tenant,
+                jobs.c.status,
+                jobs.c.priority,
+                func.count().label("num"),
+                func.sum(_cost_left()).label("cost"),
+                func.min(jobs.c.created_at).label("oldest"),
+            )
+            .where(jobs.c.status.in_(("queued", "in_progress")))
+            .group_by(jobs.c.tenant, jobs.c.status, jobs.c.priority)
+        )
+        now = self._clock()
+        with self._engine.connect() as connection:
+            return [
+                Backlog(
+                    tenant=row.tenant,
+                    status=row.status,
+                    priority=row.priority,
+                    num=row.num,
+                    cost=row.cost,
+                    oldest_s=now - row.oldest,
+                )
+                for row in connection.execute(query)
+            ]
+
     def _newest(self, *conditions: ColumnElement[bool]) -> Job | None:
         query = select(jobs).where(*conditions).order_by(jobs.c.id.desc()).limit(1)
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().one_or_none()
         return None if row is None else job_from_row(row)
+
+
+def _cost_left() -> ColumnElement[float]:
+    return jobs.c.cost * (1.0 - 1.0 * jobs.c.step / jobs.c.num_steps)
 
 
 def _owned(tenant: str, job_id: str) -> ColumnElement[bool]:
@@ -229,8 +262,7 @@ def _use(connection: Connection, tenant: str, now: float) -> Use:
         request_counts.c.tenant == tenant, request_counts.c.minute == minute_of(now)
     )
     num_queued = select(func.count()).where(jobs.c.tenant == tenant, jobs.c.status == "queued")
-    share_left = 1.0 - 1.0 * jobs.c.step / jobs.c.num_steps
-    cost_left = select(func.sum(jobs.c.cost * share_left)).where(
+    cost_left = select(func.sum(_cost_left())).where(
         jobs.c.tenant == tenant, jobs.c.status.in_(("queued", "in_progress"))
     )
     cost_today = select(usage.c.cost).where(usage.c.tenant == tenant, usage.c.day == day_of(now))

@@ -47,6 +47,7 @@ jobs = Table(
     Column("preview_every", Integer, nullable=False, server_default="0"),
     Column("preview_key", String(255)),
     Column("preview_step", Integer),
+    Column("traceparent", String(64)),
     Column("is_retry", Boolean, nullable=False, server_default=false()),
     # The files that its dead attempts left behind are gone: the sweeper's alone, not part of Job.
     Column("is_swept", Boolean, nullable=False, default=False, server_default=false()),

@@ -18,6 +18,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve as ray_serve
 
+from cluster.observability.names import used_names
+from cluster.observability.panels import DASHBOARDS
+from cluster.observability.rules import RECORDINGS
 from pusa_dist.worker import WorkerOptions
 from serve.app import application
 from serve.config import DenoiserConfig, ServeConfig
@@ -202,17 +205,30 @@ def test_many_clients_are_served_while_jobs_run(client):
 def test_prometheus_sees_jobs_stages_steps_and_the_queue(client):
     completed(client, create(client, num_inference_steps=2, num_frames=5))
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    on_dashboards = {name for panel in always_shown() for query in panel.queries.values() for name in names_in(query)}
     wanted = {
         ("ray_video_jobs_total", "outcome", "completed"),
         ("ray_video_stage_seconds_count", "stage", "denoise"),
         ("ray_video_step_seconds_count", "max_tokens", "128"),
         ("ray_video_queue_depth", "status", "queued"),
         ("ray_video_job_seconds_count", "outcome", "completed"),
+        *((name, "NAME", name) for name in on_dashboards),
     }
     deadline = time.monotonic() + 40  # Ray reports every ten seconds
     while missing := wanted - seen_by_prometheus(url):
         assert time.monotonic() < deadline, missing
         time.sleep(0.5)
+
+
+def always_shown():
+    return [panel for dashboard in DASHBOARDS for panel in dashboard.panels if not panel.why_empty]
+
+
+def names_in(query):
+    """Names of the metrics that a query, or what it takes from recordings, is computed from."""
+    recorded = {one.record: one.expr for one in RECORDINGS}
+    names = used_names(query)
+    return {found for name in names for found in (names_in(recorded[name]) if name in recorded else {name})}
 
 
 def seen_by_prometheus(url):
@@ -221,7 +237,7 @@ def seen_by_prometheus(url):
         (sample.name, label, value)
         for family in families
         for sample in family.samples
-        for label, value in sample.labels.items()
+        for label, value in (*sample.labels.items(), ("NAME", sample.name))
     }
 
 

@@ -167,10 +167,14 @@ class FakeGang:
 class CountingMetrics:
     def __init__(self):
         self.outcomes, self.reasons, self.stages = [], [], []
-        self.num_released = self.num_repeated = 0
+        self.num_released = self.num_repeated = self.num_lost = self.num_waited = 0
+        self.cost, self.states = 0.0, {}
 
-    def ended(self, outcome, seconds):
-        self.outcomes.append(outcome)
+    def waited(self, seconds, priority, weight):
+        self.num_waited += 1
+
+    def ended(self, code, seconds, priority):
+        self.outcomes.append(code)
 
     def requeued(self, reason):
         self.reasons.append(reason)
@@ -178,11 +182,11 @@ class CountingMetrics:
     def stage(self, stage, seconds):
         self.stages.append(stage)
 
-    def depth(self, counts):
-        pass
+    def round(self, backlog, weight_of):
+        self.backlog = [(one.status, one.num, weight_of(one.tenant)) for one in backlog]
 
-    def gangs(self, num_gangs, num_free):
-        pass
+    def gangs(self, states, num_free):
+        self.states = dict(states)
 
     def checkpointed(self):
         pass
@@ -192,6 +196,15 @@ class CountingMetrics:
 
     def repeated(self):
         self.num_repeated += 1
+
+    def delivered(self, cost, weight):
+        self.cost += cost
+
+    def spread(self, seconds):
+        pass
+
+    def gang_lost(self):
+        self.num_lost += 1
 
 
 class World:
@@ -266,6 +279,9 @@ def test_a_job_goes_through_its_stages_by_reference(world):
     assert ("denoise", "j", conditions) in world.stages.calls
     assert ("decode", "j", "latents") in world.stages.calls
     assert world.metrics.outcomes == ["completed"]
+    assert world.metrics.stages == ["text", "encode", "place", "denoise", "decode"]
+    assert world.metrics.num_waited == 1
+    assert world.metrics.cost == pytest.approx(3 * world.gang.step_s)
 
 
 def test_without_guidance_or_inputs_nothing_needless_is_computed(world):
@@ -637,6 +653,7 @@ def test_a_gang_that_falls_silent_is_given_up_and_its_job_goes_on_elsewhere(worl
     assert [job_id for job_id, _, _ in other.started] == ["j"]
     assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 2, 0)
     assert world.metrics.reasons == ["replica_lost"]
+    assert world.metrics.num_lost == 1
 
 
 def test_a_gang_is_told_what_it_holds_and_how_far_that_is_safe(world, monkeypatch):
@@ -656,6 +673,7 @@ def test_a_gang_is_told_what_it_holds_and_how_far_that_is_safe(world, monkeypatc
 
 def test_a_gang_that_is_closed_gets_no_job_and_what_it_releases_goes_on_elsewhere(world, monkeypatch):
     monkeypatch.setattr("serve.gangs.HOLD_S", 0.05)
+    monkeypatch.setattr("serve.gangs.ANSWER_S", 1.0)
     add_long(world, "j")
     other = FakeGang(world.stages)
 
@@ -666,8 +684,13 @@ def test_a_gang_that_is_closed_gets_no_job_and_what_it_releases_goes_on_elsewher
             world.gang.is_closed = True
             dispatcher.register("other", other, 2)
             await world.ended("j")
+            await world.until(lambda: world.metrics.states == {"leaving": 1, "open": 1})
+            world.gang.is_silent = True
+            await world.until(lambda: world.metrics.states == {"open": 1})
+            world.gang.is_silent = False
 
     run(scenario)
+    assert world.metrics.num_lost == 0  # it had said that it would leave
     assert world.job("j").attempt == 1  # the same attempt, so that nothing was given up
     assert other.started == [("j", 1, 1)]
     assert (world.metrics.num_released, world.metrics.num_repeated) == (1, 0)

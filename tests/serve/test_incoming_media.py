@@ -55,6 +55,16 @@ def media(client=None, decoders=None, limits=LIMITS):
     return IncomingMedia(limits, client or FakeClient(), decoders or FakeDecoders())
 
 
+def test_a_decoder_that_does_not_work_is_counted():
+    failures = []
+    broken = IncomingMedia(
+        LIMITS, FakeClient(), FakeDecoders(DecoderLostError("it died")), lambda: failures.append("failed")
+    )
+    with pytest.raises(ServeError, match="could not be looked into"):
+        broken.probe(Upload("a", b"x", ""), "tenant")
+    assert failures == ["failed"]
+
+
 def test_files_stay_as_they_are_and_urls_become_files_in_place():
     client = FakeClient()
     files = media(client).fetched([Upload("a", b"x" * 100, "image/png"), MediaUrl("b", SECRET), MediaUrl("c", SECRET)])

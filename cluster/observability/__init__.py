@@ -1,0 +1,1 @@
+"""What operators see: recording and alert rules for Prometheus, and dashboards for Grafana, made by code."""
