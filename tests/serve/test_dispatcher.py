@@ -41,7 +41,7 @@ class FakeStages:
         self.artifacts = artifacts
         self.faults = {}
         self.calls = []
-        self.encoding = self.drawing = None
+        self.encoding = self.drawing = self.decoding = None
 
     def fail(self, job_id, stage):
         errors = self.faults.get((job_id, stage))
@@ -70,6 +70,8 @@ class FakeStages:
 
     async def decode(self, job, latents):
         self.calls.append(("decode", job.id, latents.ref))
+        if self.decoding is not None:
+            await self.decoding.wait()
         self.fail(job.id, "decode")
         key = f"jobs/{job.id}/attempts/{job.attempt}/video.mp4"
         self.artifacts.put(key, b"mp4")
@@ -867,3 +869,23 @@ def test_a_busy_vae_is_given_one_preview_of_a_job_at_a_time(world):
     run(scenario)
     assert world.job("j").status == "completed"
     assert [call for call in world.stages.calls if call[0] == "preview"] == [("preview", 1)]
+
+
+def test_a_backlog_at_the_vae_keeps_no_other_tenant_out(world):
+    for number in range(3):
+        world.add(f"a{number}", created_at=time.time() + number)
+
+    async def scenario():
+        world.stages.decoding = asyncio.Event()
+        async with world.dispatcher(num_decoders=1, max_decoding=1):
+            await world.until(lambda: world.job("a0").stage == "decode")
+            await world.until(lambda: world.job("a1").stage == "decode")
+            world.add("b0", tenant="other")
+            await world.until(lambda: world.store.get("other", "b0").stage == "decode")
+            world.stages.decoding.set()
+            await world.until(lambda: len(world.metrics.outcomes) == 4)
+
+    run(scenario)
+    decoded = [call[1] for call in world.stages.calls if call[0] == "decode"]
+    assert decoded[:2] == ["a0", "b0"]
+    assert set(world.metrics.outcomes) == {"completed"}
