@@ -24,7 +24,7 @@ def coordinator(monkeypatch):
     monkeypatch.setattr(Denoiser, "generate", generate)
     monkeypatch.setattr(gang_replica, "Gang", lambda *_: None)
     monkeypatch.setattr(gang_replica, "GangMetrics", lambda: SimpleNamespace(step=None))
-    return Coordinator(None, None, "", None)
+    return Coordinator(None, None, "", None, SimpleNamespace(configure=lambda: None))
 
 
 async def finish(coordinator):
