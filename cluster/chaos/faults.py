@@ -91,9 +91,9 @@ def wait_for_moment(fault: Fault, jobs: Jobs) -> None:
     def may_be() -> bool:
         if all(one.is_final for one in jobs().values()) and jobs():
             raise NoJobsLeftError(fault.name)
-        return not (fault.is_gang_death and any(one.gang_deaths and not one.is_final for one in jobs().values()))
+        return not (fault.is_gang_death and any(_may_not_meet_another(one) for one in jobs().values()))
 
-    wait_for(f"{fault.name}: no job in hand that was on a gang that died", may_be, MOMENT_S)
+    wait_for(f"{fault.name}: no job before its VAE that was on a gang that died", may_be, MOMENT_S)
     if fault.moment == "decode":
         wait_for(f"{fault.name}: a job that is decoded", lambda: may_be() and _is_decoding(jobs()), MOMENT_S, 0.02)
     else:
@@ -158,6 +158,11 @@ def _missing(struck: int, now: Mapping[str, list[int]], whole: Mapping[str, int]
     missing = [f"{role}: {len(now.get(role, []))} of {count}" for role, count in whole.items()
                if len(now.get(role, [])) != count]  # fmt: skip
     return missing + [f"end of process {struck}" for pids in now.values() if struck in pids]
+
+
+def _may_not_meet_another(job: JobRecord) -> bool:
+    """Whether it was on a gang that died, and has steps to make: not done, nor with the VAE."""
+    return job.gang_deaths > 0 and not job.is_final and job.stage != "decode"
 
 
 def _is_decoding(jobs: Mapping[str, JobRecord]) -> bool:

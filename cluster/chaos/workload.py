@@ -37,7 +37,8 @@ def _order(number: int) -> Order:
         # Alone, a job without guidance and a job of another strength: a gang changes between them.
         "guidance_scale": 1.0 if number % 7 == 6 else 5.0,
         "lora_alpha": 1.0 if number % 6 == 5 else 1.4,
-        "priority": "batch" if number % 8 == 7 else "interactive",
+        # Only the last: a job that waits behind all others after a gang's death keeps the next one from being made.
+        "priority": "batch" if number == NUM_JOBS - 1 else "interactive",
     }
     prompt = f"object {number} drifts over field {number // 3}"
     return Order(prompt=prompt, seed=1000 + number, size=f"{width}x{height}", settings=settings, **given)
