@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from cluster.manifests.finding import Finding, Object
-from cluster.manifests.objects import all_pods, cluster_of, dig, of_kind, ray_services, title
+from cluster.manifests.objects import all_containers, all_pods, cluster_of, dig, of_kind, ray_services, title
 
 _SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL")
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
@@ -38,19 +38,9 @@ def pods_are_unprivileged(objects: Sequence[Object]) -> list[Finding]:
             found.append(Finding(pods.where, "securityContext: runAsNonRoot: true and a runAsUser that is not 0"))
         if dig(context, "seccompProfile", "type") != "RuntimeDefault":
             found.append(Finding(pods.where, "securityContext.seccompProfile.type must be RuntimeDefault"))
-    containers = [
-        (f"{pods.where} {container.get('name')}", container)
-        for pods in all_pods(objects)
-        for container in pods.all_containers
-    ]
-    containers += [
-        (f"{title(one)} autoscaler", dig(cluster_of(one), "autoscalerOptions", default={}))
-        for one in ray_services(objects)
-        if cluster_of(one).get("enableInTreeAutoscaling")
-    ]
     return found + [
         Finding(where, "securityContext: allowPrivilegeEscalation: false and capabilities: {drop: [ALL]}")
-        for where, container in containers
+        for where, container in all_containers(objects)
         for context in [container.get("securityContext") or {}]
         if context.get("allowPrivilegeEscalation") is not False
         or dig(context, "capabilities", "drop") != ["ALL"]
