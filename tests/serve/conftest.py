@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
 from serve.store.jobs import JobStore
+from tests.serve.api_support import Service, open_service
 from tests.serve.dispatcher_support import World
 from tests.serve.postgres import own_postgres
 from tests.serve.store_support import Clock
@@ -70,6 +71,13 @@ def store(database_url: str, clock: Clock) -> Iterator[JobStore]:
     opened.create_tables()
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A gateway and its API."""
+    with open_service(tmp_path) as opened:
+        yield opened
 
 
 @pytest.fixture
