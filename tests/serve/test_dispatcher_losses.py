@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pusa_dist.errors import CheckpointError, GangError
 from pusa_dist.request import Conditioning
-from serve.dispatcher import MAX_ATTEMPTS
+from serve.ending import MAX_ATTEMPTS
 from serve.stages import GangUnavailableError, ReplicaLostError
 from tests.serve.dispatcher_support import INPUT, REQUEST, FakeGang, add_long, run, stored
 
