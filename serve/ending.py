@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pusa_dist.errors import GangError, NumericsError, RequestError
-from serve.moderation import ModerationUnavailableError
+from serve.moderation import UNAVAILABLE, ModerationUnavailableError
 from serve.stages import ReplicaLostError
 from serve.store.jobs import Job
 
@@ -47,5 +47,5 @@ def ending(job: Job, error: Exception) -> Again | Failed | None:
         case RequestError():
             return Failed(error.code, error.message)
         case ModerationUnavailableError():
-            return Failed("moderation_unavailable", str(error))
+            return Failed(UNAVAILABLE, str(error))
     return None

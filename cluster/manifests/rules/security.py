@@ -4,7 +4,16 @@ import re
 from collections.abc import Sequence
 
 from cluster.manifests.finding import Finding, Object
-from cluster.manifests.objects import all_containers, all_pods, cluster_of, dig, of_kind, ray_services, title
+from cluster.manifests.objects import (
+    CLUSTER_SCOPED,
+    all_containers,
+    all_pods,
+    cluster_of,
+    dig,
+    of_kind,
+    ray_services,
+    title,
+)
 
 _SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL")
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
@@ -25,7 +34,7 @@ def namespaces_agree(objects: Sequence[Object]) -> list[Finding]:
     return [
         Finding(title(one), f"namespace is {dig(one, 'metadata', 'namespace')}; use {', '.join(sorted(ours))}")
         for one in objects
-        if one.get("kind") not in ("Namespace", "PriorityClass") and dig(one, "metadata", "namespace") not in ours
+        if one.get("kind") not in CLUSTER_SCOPED and dig(one, "metadata", "namespace") not in ours
     ]
 
 
