@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -92,8 +92,9 @@ class RealService:
             watching = asyncio.create_task(_watch_usage(clients, began, deliveries))
             jobs = await _run_streams(clients, scenario.streams, idle_s, began)
             watching.cancel()
-            with suppress(asyncio.CancelledError):  # a watch that failed before makes the figures worthless
-                await watching
+            await asyncio.wait([watching])
+            if not watching.cancelled():
+                watching.result()  # it has failed: what was delivered is not known
         return _observation(scenario, jobs, deliveries, idle, began)
 
 

@@ -89,7 +89,7 @@ def test_checkpoints_are_published_acknowledged_and_removed(world):
             await world.ended("j")
 
     run(scenario)
-    assert world.gang.acknowledged == [("j", 2), ("j", 4), ("j", 6)][: len(world.gang.acknowledged)]
+    assert world.gang.acknowledged in ([("j", 2), ("j", 4)], [("j", 2), ("j", 4), ("j", 6)])
     assert stored(world, "j") == ["attempts/1/video.mp4"]
     assert world.job("j").steps_run == 6
 
