@@ -75,7 +75,7 @@ def wait_until_ready(service: Service, headers: Mapping[str, str] | None = None)
             if httpx.get(f"{service.url}/health", headers=headers, timeout=5).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
-            pass  # nobody listens yet
+            pass  # nobody listens yet, or nobody answers yet; the deadline ends the wait
         time.sleep(0.2)
     raise RuntimeError(f"the service was not ready within {START_TIMEOUT_S:g} s:\n{_tail(service.log)}")
 

@@ -92,7 +92,9 @@ class RealService:
             watching = asyncio.create_task(_watch_usage(clients, began, deliveries))
             jobs = await _run_streams(clients, scenario.streams, idle_s, began)
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await asyncio.wait([watching])
+            if not watching.cancelled():
+                watching.result()  # it has failed: what was delivered is not known
         return _observation(scenario, jobs, deliveries, idle, began)
 
 

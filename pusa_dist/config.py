@@ -83,7 +83,7 @@ def _first_that_fits(hints: Sequence[Any], value: object, where: str) -> object:
         try:
             return _convert(hint, value, where)
         except ConfigError:
-            continue
+            continue  # a later type may fit; if none does, the last one says what is wrong
     return _convert(last, value, where)
 
 

@@ -14,19 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol, TypeVar
 
-from pusa_dist.errors import CheckpointError, GangError, NumericsError, PusaError, RequestError
+from pusa_dist.errors import CheckpointError
 from serve.attempt import Attempt, run_stages
+from serve.ending import MAX_ATTEMPTS, Again, Failed, ending
 from serve.fair_turns import FairTurns
 from serve.gangs import Gangs
 from serve.gangs import Metrics as GangsMetrics
 from serve.ledger import Ledger
 from serve.logs import about
-from serve.moderation import NO_MODERATION, Moderation, ModerationUnavailableError
+from serve.moderation import NO_MODERATION, Moderation
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.cost import Backlog
 from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import Priority, is_urgent
-from serve.stages import Checkpoint, GangHandle, Previewed, ReplicaLostError, Stages
+from serve.previews import Previews
+from serve.stages import Checkpoint, GangHandle, Stages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact, Job, JobStore
 from serve.traces import NO_TRACES, Traces
@@ -38,10 +40,6 @@ T = TypeVar("T")
 POLL_S = 0.1
 LEASE_S = 10.0
 REPLACEMENT_S = 3.0
-MAX_GANG_DEATHS = 2
-"""A job that was on a gang this many times when it died is failed."""
-MAX_ATTEMPTS = 10
-"""A job whose processes were lost this many times, for whatever reason, is failed."""
 _MAX_PER_TENANT = 32
 """Jobs of a tenant and class that are looked at when some are claimed."""
 _DB_SHARE = 0.2
@@ -118,11 +116,11 @@ class Dispatcher:
         self._clock = clock
         self._owner = secrets.token_hex(8)
         self._ledger = Ledger(store, model, clock)
-        self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, self._show, clock)
+        previews = Previews(store, artifacts, stages, moderation, self._db)
+        self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, previews.show, clock)
         self._attempts: dict[str, Attempt] = {}
         self._num_queued = 0
         self._max_running: dict[str, int | None] = {}
-        self._drawing: set[asyncio.Task[None]] = set()
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
         self._looping = asyncio.Lock()
@@ -330,7 +328,8 @@ class Dispatcher:
                         "attempt", job.traceparent, job=job.id, tenant=job.tenant, number=job.attempt
                     ):
                         results = await self._run_stages(attempt)
-                    await self._moderate(job, {variant: file.key for variant, file in results.items()})
+                    keys = {variant: file.key for variant, file in results.items()}
+                    await asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
                 finally:
                     attempt.is_over = True
         except asyncio.CancelledError:
@@ -372,9 +371,6 @@ class Dispatcher:
         waiting = Waiting(id=job.id, tenant=job.tenant, priority=job.priority, created_at=job.created_at, cost=cost)
         return self._decoding.turn(waiting, self._ledger.standing(job.tenant).weight, self._clock())
 
-    async def _moderate(self, job: Job, keys: dict[str, str]) -> None:
-        await asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
-
     async def _publish(self, attempt: Attempt, checkpoint: Checkpoint) -> bool:
         """See ``serve.gangs.Publish``."""
         job, former = attempt.job, attempt.checkpoint
@@ -388,57 +384,23 @@ class Dispatcher:
             await asyncio.to_thread(self._artifacts.delete, former.key)
         return True
 
-    def _show(self, attempt: Attempt, preview: Previewed) -> None:
-        """See ``serve.gangs.Show``."""
-        if attempt.is_drawing:  # a VAE that is busy is given one at a time, and they are shown in order
-            return
-        attempt.is_drawing = True
-        drawing = asyncio.create_task(self._draw(attempt, preview))
-        self._drawing.add(drawing)
-        drawing.add_done_callback(self._drawing.discard)
-
-    async def _draw(self, attempt: Attempt, preview: Previewed) -> None:
-        job = attempt.job
-        try:
-            key = await self._stages.preview(job, preview.step, preview.latents)
-            await self._moderate(job, {"preview": key})
-            published = await self._db(self._store.preview, job.id, job.attempt, preview.step, key)
-            unneeded, attempt.preview_key = (attempt.preview_key, key) if published else (key, attempt.preview_key)
-            if unneeded is not None:
-                await asyncio.to_thread(self._artifacts.delete, unneeded)
-        except Exception as error:  # noqa: BLE001 - a video is worth more than its previews
-            logger.warning("job %s: no preview after step %d: %s", job.id, preview.step, type(error).__name__)
-        finally:
-            attempt.is_drawing = False
-
     async def _stopped(self, attempt: Attempt) -> str | None:
-        job = attempt.job
-        # False: the row is deleted, or another attempt has it; either way nothing is left to write.
-        written = await self._db(self._store.cancelled, job.id, job.attempt) if attempt.stop == "cancelled" else False
-        return "cancelled" if written or attempt.stop == "cancelled" else None
+        if attempt.stop != "cancelled":
+            return None
+        # Writes nothing where the row is deleted, or another attempt has it: then nothing is left to write.
+        await self._db(self._store.cancelled, attempt.job.id, attempt.job.attempt)
+        return "cancelled"
 
     async def _ended_by(self, attempt: Attempt, error: Exception) -> str | None:
         job = attempt.job
-        if isinstance(error, GangError):
-            if job.gang_deaths + 1 >= MAX_GANG_DEATHS:
-                message = f"the gang that held the job was lost {MAX_GANG_DEATHS} times, last: {error}"
-                return await self._failed(job, "gang_died_twice", message)
-            await self._again(attempt, "gang_lost", error, gang_died=True)
-            return None
-        if isinstance(error, ReplicaLostError) and job.attempt < MAX_ATTEMPTS:
-            await asyncio.sleep(self._replacement_s)
-            await self._again(attempt, "replica_lost", error, gang_died=False)
-            return None
-        if isinstance(error, ReplicaLostError):
-            return await self._failed(
-                job, "replica_lost", f"processes were lost in {job.attempt} attempts, last: {error}"
-            )
-        if isinstance(error, NumericsError):
-            return await self._failed(job, "numerics_error", str(error))
-        if isinstance(error, RequestError):
-            return await self._failed(job, error.code, error.message)
-        if isinstance(error, ModerationUnavailableError):
-            return await self._failed(job, "moderation_unavailable", str(error))
+        match ending(job, error):
+            case Again(reason, gang_died):
+                if not gang_died:  # a lost gang takes no job while it is replaced, other replicas may
+                    await asyncio.sleep(self._replacement_s)
+                await self._again(attempt, reason, error, gang_died=gang_died)
+                return None
+            case Failed(code, message):
+                return await self._failed(job, code, message)
         if await self._db(self._store.cancel_requests, [job.id]):
             # Deleted while a stage read its inputs, or wrote its files: whatever that led to is no failure.
             attempt.stop = "cancelled"
@@ -448,7 +410,7 @@ class Dispatcher:
             job, "internal_error", "the service failed in a way it should not; the operator has the log"
         )
 
-    async def _again(self, attempt: Attempt, reason: str, error: PusaError, *, gang_died: bool) -> None:
+    async def _again(self, attempt: Attempt, reason: str, error: Exception, *, gang_died: bool) -> None:
         job = attempt.job
         await self._write_progress(attempt)
         logger.warning("job %s: attempt %d given up, queued again: %s", job.id, job.attempt, error)

@@ -46,8 +46,7 @@ class Coordinator(Denoiser):
         logs: Logs,
     ) -> None:
         logs.configure()
-        self._ranks = Gang(config, make_worker, artifacts_url, placement, logs)
-        super().__init__(config, self._ranks, GangMetrics())
+        super().__init__(config, Gang(config, make_worker, artifacts_url, placement, logs), GangMetrics())
         self._kept: dict[tuple[str, int], TensorRef] = {}
         self._taken = asyncio.Event()
 
@@ -89,9 +88,9 @@ class Coordinator(Denoiser):
 
     async def start(self) -> list[int]:
         """Wait until the ranks are ready; returns their process ids."""
-        await self._ranks.start()
+        await self._gang.start()
         await self.check_health()
-        return self._ranks.pids
+        return self._gang.pids
 
 
 class DenoiserReplica:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 from pusa_dist.errors import PusaError
@@ -22,6 +22,7 @@ from serve.policy.fairness import InHand, Turn, Waiting
 from serve.policy.placement import Place
 from serve.policy.priority import is_urgent
 from serve.policy.tick import Claim, Resident
+from serve.seats import RegisteredGang, Seat
 from serve.stages import (
     Assignment,
     Checkpoint,
@@ -29,7 +30,6 @@ from serve.stages import (
     Conditions,
     Finished,
     GangHandle,
-    GangState,
     GangUnavailableError,
     Previewed,
     Progress,
@@ -68,55 +68,6 @@ Show = Callable[[Attempt, Previewed], None]
 """Makes a preview what the job's owner sees of it; at once, and without failing."""
 
 
-@dataclass(slots=True, eq=False)
-class _Gang:
-    name: str
-    handle: GangHandle
-    max_resident: int
-    seats: "dict[str, _Seat]" = field(default_factory=dict)
-    state: GangState | None = None
-    """None until it has answered, and after it has refused a job: it gets none."""
-    num_missed: int = 0
-    running: str | None = None
-    """The job that its last step was for."""
-    holding: "asyncio.Task[None] | None" = None
-    has_said_goodbye: bool = False
-    """Its last answer was that it leaves, and not that it is lost."""
-
-    @property
-    def is_open(self) -> bool:
-        return self.state is not None and not self.state.is_closed and self.state.num_others < self.max_resident
-
-    @property
-    def condition(self) -> str:
-        if self.state is None:
-            return "silent"
-        return "leaving" if self.state.is_closed else "open" if self.is_open else "full"
-
-
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """A job that is on a gang, or waits for one."""
-
-    attempt: Attempt
-    source: Conditions | Checkpoint
-    step: int
-    gang: _Gang | None = None
-    claim: Claim | None = None
-    is_leaving: bool = False
-    placed: asyncio.Event = field(default_factory=asyncio.Event)
-    silence: asyncio.Timeout | None = None
-    ready_at: float = field(default_factory=time.perf_counter)
-
-    @property
-    def job(self) -> Job:
-        return self.attempt.job
-
-    @property
-    def is_done(self) -> bool:
-        return self.step == self.job.request.num_inference_steps
-
-
 class Gangs:
     """Every gang that has registered, and every job that is ready for one.
 
@@ -144,8 +95,8 @@ class Gangs:
         self._publish = publish
         self._show = show
         self._clock = clock
-        self._gangs: dict[str, _Gang] = {}
-        self._seats: dict[str, _Seat] = {}
+        self._gangs: dict[str, RegisteredGang] = {}
+        self._seats: dict[str, Seat] = {}
         self._queued_turns: list[Turn] = []
         self._changed = asyncio.Event()
         self._is_closing = False
@@ -155,7 +106,7 @@ class Gangs:
         """A gang is there; it is used as soon as it has answered."""
         if name not in self._gangs and not self._is_closing:
             logger.info("gang %s registered", name)
-            gang = self._gangs[name] = _Gang(name, handle, max_resident)
+            gang = self._gangs[name] = RegisteredGang(name, handle, max_resident)
             gang.holding = asyncio.create_task(self._hold(gang))
 
     async def denoise(self, attempt: Attempt, source: Conditions | Checkpoint) -> TensorRef:
@@ -168,7 +119,7 @@ class Gangs:
         """
         job_id = attempt.job.id
         step = source.step if isinstance(source, Checkpoint) else 0
-        seat = self._seats[job_id] = _Seat(attempt, source, step)
+        seat = self._seats[job_id] = Seat(attempt, source, step)
         try:
             while True:
                 self._changed.set()
@@ -178,7 +129,7 @@ class Gangs:
                 try:
                     last = await self._follow(seat)
                 finally:
-                    self._leave(seat)
+                    seat.leave()
                 if isinstance(last, Finished):
                     return last.latents
         finally:
@@ -210,17 +161,11 @@ class Gangs:
     @property
     def num_free(self) -> int:
         """Places for further jobs."""
-        open_gangs = (gang for gang in self._gangs.values() if gang.is_open)
-        return sum(max(0, gang.max_resident - len(gang.seats)) for gang in open_gangs)
-
-    @property
-    def num_gangs(self) -> int:
-        """Gangs that take jobs."""
-        return sum(gang.is_open for gang in self._gangs.values())
+        return sum(gang.num_free for gang in self._gangs.values())
 
     @property
     def states(self) -> Counter[str]:
-        """How many gangs are ``open``, ``full`` of others' jobs, ``leaving`` and ``silent``."""
+        """How many gangs are in which condition."""
         return Counter(gang.condition for gang in self._gangs.values())
 
     @property
@@ -246,7 +191,7 @@ class Gangs:
         """Give places to ready jobs, and let jobs go that others should take the place of."""
         turns = {turn.job_id: turn for turn in self.turns(())}
         ready = [self._resident(self._seats[job_id], turn) for job_id, turn in turns.items()]
-        gangs = [self._view(gang) for gang in self._gangs.values() if gang.state is not None]
+        gangs = [gang.seen(gang.state) for gang in self._gangs.values() if gang.state is not None]
         running = [one for gang in gangs for one in gang.residents if one.job_id == gang.running]
         self._ledger.advance(running, [*turns.values(), *self._queued_turns])
         self._metrics.spread(_spread([*turns.values(), *self._queued_turns]))
@@ -256,28 +201,17 @@ class Gangs:
             seat = self._seats[order.job_id]
             if isinstance(order, Place):
                 self._ledger.lift(seat.job.tenant, turns[order.job_id].lifted_to)
-                self._place(seat, self._gangs[order.gang], by_id[order.job_id].claim)
+                seat.place(self._gangs[order.gang], by_id[order.job_id].claim)
             else:
                 logger.info("job %s: asked to make room on gang %s", order.job_id, order.gang)
                 self._release(seat)
 
-    def _place(self, seat: _Seat, gang: _Gang, claim: Claim) -> None:
-        seat.gang, seat.claim, seat.is_leaving = gang, claim, False
-        gang.seats[seat.job.id] = seat
-        seat.placed.set()
-
-    def _leave(self, seat: _Seat) -> None:
-        if seat.gang is not None:
-            seat.gang.seats.pop(seat.job.id, None)
-        seat.gang = None
-        seat.placed.clear()
-
-    def _release(self, seat: _Seat) -> None:
+    def _release(self, seat: Seat) -> None:
         if seat.gang is not None and not seat.is_leaving:
             seat.is_leaving = True
             self._call(seat.gang.handle.release(seat.job.id, seat.job.attempt))
 
-    async def _follow(self, seat: _Seat) -> Finished | Released:
+    async def _follow(self, seat: Seat) -> Finished | Released:
         """One stay on a gang."""
         gang, claim = seat.gang, seat.claim
         assert gang is not None
@@ -317,7 +251,7 @@ class Gangs:
                 raise
             raise ReplicaLostError(f"gang {gang.name} does not answer") from error
 
-    def _progress(self, seat: _Seat, gang: _Gang, message: Progress) -> None:
+    def _progress(self, seat: Seat, gang: RegisteredGang, message: Progress) -> None:
         attempt = seat.attempt
         seat.step = message.step
         attempt.at("denoise", message.step)
@@ -338,14 +272,14 @@ class Gangs:
         if cost > 0.0:
             self._metrics.delivered(cost, self._ledger.standing(tenant).weight)
 
-    async def _published(self, seat: _Seat, gang: _Gang, checkpoint: Checkpoint) -> None:
+    async def _published(self, seat: Seat, gang: RegisteredGang, checkpoint: Checkpoint) -> None:
         known = seat.attempt.checkpoint
         if known is not None and known.step >= checkpoint.step:
             return
         if await self._publish(seat.attempt, checkpoint):
             self._call(gang.handle.published(seat.job.id, seat.job.attempt, checkpoint.step))
 
-    async def _hold(self, gang: _Gang) -> None:
+    async def _hold(self, gang: RegisteredGang) -> None:
         """Renew what is on the gang, and learn how it is, until it is silent for too long."""
         while gang.num_missed < MAX_MISSED:
             renewals = {seat.job.id: self._renewal(seat) for seat in gang.seats.values()}
@@ -370,7 +304,7 @@ class Gangs:
             if seat.silence is not None:
                 seat.silence.reschedule(asyncio.get_running_loop().time())
 
-    def _renewal(self, seat: _Seat) -> Renewal:
+    def _renewal(self, seat: Seat) -> Renewal:
         assert seat.claim is not None
         published = seat.attempt.checkpoint
         return Renewal(
@@ -400,7 +334,7 @@ class Gangs:
     def _is_urgent(self, job: Job) -> bool:
         return is_urgent(job.priority, job.created_at, self._clock())
 
-    def _waiting(self, seat: _Seat) -> Waiting:
+    def _waiting(self, seat: Seat) -> Waiting:
         job = seat.job
         return Waiting(
             id=job.id,
@@ -422,7 +356,7 @@ class Gangs:
             for seat in gang.seats.values()
         ]
 
-    def _resident(self, seat: _Seat, turn: Turn) -> Resident:
+    def _resident(self, seat: Seat, turn: Turn) -> Resident:
         job = seat.job
         claim = Claim(
             tenant=job.tenant,
@@ -437,23 +371,6 @@ class Gangs:
             lora=tuple(sorted(job.request.lora_alpha.items())),
         )
         return Resident(job_id=job.id, claim=claim, step=seat.step)
-
-    def _view(self, gang: _Gang) -> placement.Gang:
-        assert gang.state is not None
-        seats = gang.seats.values()
-        return placement.Gang(
-            name=gang.name,
-            residents=tuple(
-                Resident(job_id=seat.job.id, claim=seat.claim, step=seat.step)
-                for seat in seats
-                if seat.claim is not None
-            ),
-            running=gang.running if gang.running in gang.seats else None,
-            leaving=frozenset(seat.job.id for seat in seats if seat.is_leaving or seat.is_done),
-            lora=gang.state.lora,
-            max_resident=gang.max_resident - gang.state.num_others,
-            is_draining=gang.state.is_closed,
-        )
 
 
 def _spread(turns: Iterable[Turn]) -> float:

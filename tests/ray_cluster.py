@@ -4,9 +4,10 @@ import logging
 import os
 import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
+
+from cluster.chaos.processes import roles
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
@@ -15,7 +16,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
-_ACTORS = ("Coordinator", "Rank")
+_RAYS_OWN = ("Controller", "Proxy", "gcs_server", "raylet")
 
 
 @contextmanager
@@ -37,33 +38,4 @@ def replica_processes():
 
     Another Ray on this machine is nobody's to kill: only what this process started, at whatever depth, is found.
     """
-    found = {}
-    for pid in descendants(os.getpid()):
-        try:
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        # Such as ray::ServeReplica:pusa:Vae, or ray::Rank.step while it is in a call.
-        if title.startswith("ray::ServeReplica:pusa:"):
-            name = title.removeprefix("ray::ServeReplica:pusa:").partition(".")[0].partition(":")[0]
-            found.setdefault(name, []).append(pid)
-        elif (name := title.removeprefix("ray::").partition(".")[0].partition(":concurrency")[0]) in _ACTORS:
-            found.setdefault(name, []).append(pid)
-    return found
-
-
-def descendants(ancestor):
-    """Process ids below a process, at whatever depth, in the order in which they were started."""
-    children = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(folder.name))
-    found, waiting = [], [ancestor]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return sorted(found)
+    return {role: pids for role, pids in roles(os.getpid()).items() if role not in _RAYS_OWN}

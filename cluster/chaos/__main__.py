@@ -48,7 +48,7 @@ from cluster.chaos.verdict import (
     table_of_faults,
 )
 from cluster.chaos.workload import NUM_JOBS, TENANTS, orders
-from cluster.local_service import Service, free_port, start, stop, wait_until_ready
+from cluster.local_service import Service, free_port, serve_command, start, stop, wait_until_ready
 
 CONFIG = Path(__file__).parents[2] / "configs/serve/chaos.yaml"
 ALL_JOBS_S = 400.0
@@ -70,7 +70,8 @@ class Chaos:
         self.temporary = folder / "t"
         self.temporary.mkdir()
         self._port = free_port()
-        self.keys = {tenant: self._new_key(tenant) for tenant in TENANTS}
+        self.state.mkdir()
+        self.keys = {tenant: serve_command(self.state, "keys", "create", tenant) for tenant in TENANTS}
         self.service = self._start()
 
     @property
@@ -120,14 +121,6 @@ class Chaos:
     def _start(self) -> Service:
         environment = {**os.environ, "TMPDIR": str(self.temporary)}
         return start("debug", self.state, ["--config", str(CONFIG)], port=self._port, environment=environment)
-
-    def _new_key(self, tenant: str) -> str:
-        command = [sys.executable, "-m", "serve", "keys", "create", tenant, "--state", str(self.state)]
-        self.state.mkdir(exist_ok=True)
-        made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if made.returncode:
-            raise RuntimeError(f"no key for {tenant}: {made.stderr}")
-        return made.stdout.strip()
 
 
 def wait_for_tidiness(state: Path) -> None:

@@ -111,7 +111,7 @@ def strike(fault: Fault, service: int) -> int:
 
 
 def wait_until_whole(fault: Fault, struck: int, service: int, whole: Mapping[str, int], url: str, key: str,
-                     jobs: Jobs) -> float:  # fmt: skip
+                     jobs: Jobs) -> None:  # fmt: skip
     """Wait until every process is there again and every job in hand has somebody who answers for it.
 
     Args:
@@ -122,9 +122,6 @@ def wait_until_whole(fault: Fault, struck: int, service: int, whole: Mapping[str
         url: of the service.
         key: for it.
         jobs: in it.
-
-    Returns:
-        Seconds.
 
     Raises:
         TimedOutError: it did not become whole.
@@ -140,7 +137,7 @@ def wait_until_whole(fault: Fault, struck: int, service: int, whole: Mapping[str
         return not missing
 
     try:
-        return wait_for("whole again", is_whole, WHOLE_S)
+        wait_for("whole again", is_whole, WHOLE_S)
     except TimedOutError as error:
         raise TimedOutError(f"{fault.name}: {error}; missing: {missing}") from error
 

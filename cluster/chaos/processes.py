@@ -59,7 +59,7 @@ def descendants(ancestor: int) -> list[int]:
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue
+            continue  # it has ended, and was waited for, since the folder was listed
         children.setdefault(parent, []).append(int(folder.name))
     found, waiting = [], [ancestor]
     while waiting:
@@ -96,7 +96,7 @@ def kill_all(ancestor: int, timeout_s: float = 30.0) -> None:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
-                continue
+                continue  # it has ended since it was listed, which is all that is wanted
         reap()
         if time.monotonic() > deadline:
             raise RuntimeError(f"processes that cannot be killed: {[(pid, command_of(pid)[:1]) for pid in pids]}")
@@ -109,4 +109,4 @@ def reap() -> None:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
-        pass
+        pass  # no child is left

@@ -111,6 +111,20 @@ def all_pods(objects: Sequence[Object]) -> list[Pods]:
     ]
 
 
+def all_containers(objects: Sequence[Object]) -> list[tuple[str, Object]]:
+    """The containers of all pods, and the one that the operator adds beside a head that scales its own cluster."""
+    of_pods = [
+        (f"{pods.where} {container.get('name')}", container)
+        for pods in all_pods(objects)
+        for container in pods.all_containers
+    ]
+    return of_pods + [
+        (f"{title(one)} autoscaler", dict(dig(cluster_of(one), "autoscalerOptions", default={})))
+        for one in ray_services(objects)
+        if cluster_of(one).get("enableInTreeAutoscaling")
+    ]
+
+
 def cluster_of(service: Object) -> Object:
     """The Ray cluster of a RayService."""
     return dict(dig(service, "spec", "rayClusterConfig", default={}))

@@ -24,9 +24,6 @@ RAY_METRICS = {
 }
 """Ray 2.60's own, and what says so. Ray Serve exports nothing of a gang: its jobs do not pass through Serve."""
 
-ONLY_WITH_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}
-"""Not there on nodes without one."""
-
 _NAME = re.compile(r"\b(?:ray_[a-z0-9_]+|pusa:[a-z0-9_:]+)")
 
 

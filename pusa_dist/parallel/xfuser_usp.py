@@ -158,8 +158,8 @@ def _start_usp(mesh: DeviceMesh) -> Usp:
 def _import(name: str) -> Any:
     try:
         module: ModuleType = importlib.import_module(name)
-    # Without an accelerator xfuser raises NotImplementedError while it is imported.
-    except (ImportError, NotImplementedError, RuntimeError) as error:
+    # Without an accelerator xfuser raises NotImplementedError, a RuntimeError, while it is imported.
+    except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"attention=xfuser cannot be used here ({type(error).__name__}: {error}); install the extra "
             "`cuda` (pip install 'pusa-dist[cuda]') on a machine with GPUs, or use attention=ours"

@@ -5,7 +5,6 @@ the VAE and the text encoder are not needed here (``cache``).
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,8 +23,6 @@ from pusa_dist.training.cache import LatentCache, sample_order
 from pusa_dist.training.distributed import ALONE, Ranks, checkpoint_blocks, like, shard
 from pusa_dist.training.loop import LoopOptions, autocast, train
 from pusa_dist.training.objective import TrainingSchedule, draw, lesson, loss, sample_generator
-
-logger = logging.getLogger(__name__)
 
 ADAPTER, RUN = "lora.safetensors", "run.json"
 _MAY_CHANGE = ("device", "log_every", "save_every", "sample_every")

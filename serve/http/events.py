@@ -7,7 +7,6 @@ happened in between is superseded, not repeated: a step that is over needs no ev
 
 import asyncio
 import base64
-import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -21,8 +20,6 @@ from starlette.types import Receive, Scope, Send
 from serve.http.views import VideoError, error_view
 from serve.http.watch import Watch, Watcher
 from serve.store.job import Job, JobProgress, Stage, Status
-
-logger = logging.getLogger(__name__)
 
 ENDS = ("completed", "failed", "cancelled", "deleted")
 """Names of the event after which a stream ends."""

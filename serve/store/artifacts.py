@@ -42,11 +42,6 @@ class StorageError(OSError):
     Its ``errno`` is ``ENOSPC`` or ``EDQUOT`` for a full disk, ``EIO`` for a bucket that fails in a way of its own.
     """
 
-    @property
-    def is_full(self) -> bool:
-        """Whether room must be made before it can succeed."""
-        return self.errno in (errno.ENOSPC, errno.EDQUOT)
-
 
 def input_key(job_id: str, index: int) -> str:
     """Key of a job's uploaded image or clip."""

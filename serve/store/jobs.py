@@ -172,12 +172,6 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
                 connection.execute(update(jobs).where(cancel_soon).values(cancel_requested=True))
         return self.get(tenant, job_id)
 
-    def num_queued_before(self, job: Job) -> int:
-        """Queued jobs, of any tenant, that are older than this one."""
-        older = select(func.count()).where(jobs.c.status == "queued", jobs.c.created_at < job.created_at)
-        with self._engine.connect() as connection:
-            return connection.execute(older).scalar_one()
-
     def counts(self) -> dict[Status, int]:
         """Jobs by status; statuses that no job has are left out."""
         with self._engine.connect() as connection:

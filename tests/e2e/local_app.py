@@ -1,21 +1,15 @@
 """The application on a Ray of this machine, over HTTP, for the length of a ``with`` block."""
 
-import socket
 from contextlib import contextmanager
 
 import httpx
 from ray import serve as ray_serve
 
+from cluster.local_service import free_port
 from serve.app import build_app
 from tests.ray_cluster import local_ray
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -4,6 +4,13 @@ from contextlib import contextmanager
 
 import pytest
 
+WARNINGS_OF_THE_STORES = (
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*XDG_RUNTIME_DIR"),
+)
+"""Marks for tests that use them: what moto, botocore and pgserver warn of is none of our errors."""
+
 
 @contextmanager
 def own_bucket(address="127.0.0.1"):

@@ -9,9 +9,7 @@ import pytest
 from ray import serve as ray_serve
 
 from serve.config import DenoiserConfig, ServeConfig
-from serve.store.jobs import JobStore
 from tests.e2e.client import completed, create, frames_of, until
-from tests.e2e.local_app import local_app
 from tests.ray_cluster import replica_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -29,20 +27,6 @@ FOUND_S = 60.0
 def config(tmp_path_factory):
     denoiser = DenoiserConfig(checkpoint_every=K)
     return ServeConfig(state_dir=str(tmp_path_factory.mktemp("faults")), denoiser=denoiser)
-
-
-@pytest.fixture(scope="module")
-def client(config):
-    with local_app(config) as http:
-        yield http
-
-
-@pytest.fixture(scope="module")
-def job_of(config, client):
-    """Looks a job up in the store."""
-    store = JobStore(config.resolved_database_url)
-    yield lambda job_id: store.get("local", job_id)
-    store.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from ray import serve as ray_serve
 from serve.app import build_app
 from serve.config import DenoiserConfig, ServeConfig
 from serve.node import hand_over
-from serve.store.jobs import JobStore
 from tests.e2e.client import completed, create, frames_of, until
-from tests.e2e.local_app import QUIET, local_app
+from tests.e2e.local_app import QUIET
 from tests.ray_cluster import replica_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -29,19 +28,6 @@ REQUEST = {"num_inference_steps": STEPS, "num_frames": 49, "seed": 7}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return ServeConfig(state_dir=str(tmp_path_factory.mktemp("handover")), denoiser=DenoiserConfig(checkpoint_every=20))
-
-
-@pytest.fixture(scope="module")
-def client(config):
-    with local_app(config) as http:
-        yield http
-
-
-@pytest.fixture(scope="module")
-def job_of(config, client):
-    store = JobStore(config.resolved_database_url)
-    yield lambda job_id: store.get("local", job_id)
-    store.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,23 +17,18 @@ import ray
 from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
 
+from cluster.chaos.processes import descendants
+from cluster.local_service import free_port
 from serve.app import build_app
 from serve.config import DenoiserConfig, ServeConfig
 from serve.store.jobs import JobStore
 from tests.e2e.client import completed, create, frames_of, until
-from tests.e2e.local_app import QUIET, free_port
-from tests.e2e.shared_stores import own_bucket
-from tests.ray_cluster import ENVIRONMENT, descendants, replica_processes
+from tests.e2e.local_app import QUIET
+from tests.e2e.shared_stores import WARNINGS_OF_THE_STORES, own_bucket
+from tests.ray_cluster import ENVIRONMENT, replica_processes
 from tests.serve.postgres import own_postgres
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*XDG_RUNTIME_DIR"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), *WARNINGS_OF_THE_STORES]
 
 logger = logging.getLogger(__name__)
 

@@ -28,18 +28,11 @@ from serve.store.jobs import JobStore
 from tests.e2e.client import completed, create, frames_of, until
 from tests.e2e.local_app import QUIET
 from tests.e2e.network import network
-from tests.e2e.shared_stores import own_bucket
+from tests.e2e.shared_stores import WARNINGS_OF_THE_STORES, own_bucket
 from tests.ray_cluster import ENVIRONMENT
 from tests.serve.postgres import own_postgres
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*XDG_RUNTIME_DIR"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), *WARNINGS_OF_THE_STORES]
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ database. It does not prove networking: the nodes share this machine's loopback.
 import io
 import os
 import shutil
-import socket
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +19,17 @@ from PIL import Image
 from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
 
+from cluster.local_service import free_port
 from pusa_dist.errors import ConfigError
 from serve.app import build_app
 from serve.config import ServeConfig
 from tests.e2e.client import completed
+from tests.e2e.local_app import QUIET
+from tests.e2e.shared_stores import WARNINGS_OF_THE_STORES, own_bucket
 from tests.ray_cluster import ENVIRONMENT, replica_processes
+from tests.serve.postgres import own_postgres
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*XDG_RUNTIME_DIR"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), *WARNINGS_OF_THE_STORES]
 
 ROLES = ("gateway", "dispatcher", "text_encoder", "vae", "denoiser")
 DEPLOYMENTS = dict(zip(("Gateway", "Dispatcher", "TextEncoder", "Vae", "Denoiser"), ROLES, strict=True))
@@ -41,33 +38,14 @@ PLACES = {**DEPLOYMENTS, "Coordinator": "denoiser", "Rank": "denoiser"}
 
 @pytest.fixture(scope="module")
 def database_url():
-    pgserver = pytest.importorskip("pgserver")
-    with tempfile.TemporaryDirectory(prefix="pg-") as folder:
-        server = pgserver.get_server(folder, cleanup_mode="delete")
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-        server.cleanup()
+    with own_postgres() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def bucket():
-    boto3 = pytest.importorskip("boto3")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    credentials = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in credentials.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="videos")
-        yield "s3://videos/test"
-    server.stop()
+    with own_bucket() as url:
+        yield url
 
 
 @contextmanager
@@ -101,12 +79,9 @@ def client(several_nodes, bucket, database_url):
     config = ServeConfig(
         state_dir=str(several_nodes / "state"), database_url=database_url, artifacts_url=bucket, **roles
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
-    ray_serve.run(build_app(config), name="pusa", logging_config=quiet)
+    port = free_port()
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=QUIET)
+    ray_serve.run(build_app(config), name="pusa", logging_config=QUIET)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, follow_redirects=True) as http:
         yield http
     ray_serve.shutdown()

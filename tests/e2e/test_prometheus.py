@@ -11,11 +11,12 @@ import pytest
 import ray
 import yaml
 
+from cluster.local_service import free_port
 from cluster.observability.panels import DASHBOARDS
 from cluster.observability.rules import rule_file
 from serve.config import DenoiserConfig, ServeConfig
 from tests.e2e.client import completed, create
-from tests.e2e.local_app import free_port, local_app
+from tests.e2e.local_app import local_app
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.local_service import free_port
 from serve.store.jobs import JobStore
 from tests.e2e.client import completed, create, retrieve, until
 
@@ -33,9 +33,7 @@ def start(*arguments, **options):
 @contextmanager
 def service(state, elsewhere):
     """The service with this state folder, started from another folder; yields its process and a client."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with start("--model", "debug", "--port", str(port), "--state", str(state), cwd=elsewhere) as process:
         began = time.monotonic()
         try:

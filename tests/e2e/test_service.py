@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 import zipfile
@@ -25,7 +24,8 @@ from pusa_dist.worker import WorkerOptions
 from serve.app import application
 from serve.config import DenoiserConfig, ServeConfig
 from tests.e2e.client import completed, create, retrieve, until
-from tests.ray_cluster import local_ray, replica_processes
+from tests.e2e.local_app import local_app
+from tests.ray_cluster import replica_processes
 from tests.serve import gang_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -36,12 +36,6 @@ FLOOR_S = 4.0
 REPLACED_S = 50.0
 """A gang takes some 5 s to start on an idle machine; tests may share theirs."""
 LONG = {"num_inference_steps": 50, "num_frames": 49}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +51,10 @@ def client(folder):
     sleepy = functools.partial(
         gang_workers.SleepyWorker, config.load_model(), denoiser.parallel, options, memory=str(folder / "slept")
     )
-    port = free_port()
     ray.cloudpickle.register_pickle_by_value(gang_workers)
-    with local_ray():
-        quiet = {"log_level": "WARNING", "enable_access_log": False}
-        ray_serve.start(
-            proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet
-        )
-        ray_serve.run(application(config, sleepy), name="pusa", logging_config=quiet)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            yield http
-        ray_serve.shutdown()
+    with local_app(config, lambda config: application(config, sleepy)) as http:
+        http.timeout = 30
+        yield http
     ray.cloudpickle.unregister_pickle_by_value(gang_workers)
 
 

@@ -1,5 +1,6 @@
 """What the API tests share: a gateway in a folder, media made in memory, and a dispatcher that pretends."""
 
+import base64
 import io
 import json
 import threading
@@ -20,6 +21,8 @@ from serve.http.gateway import Gateway
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact, Job, JobStore
 
+ABSENT = f"video_{'0' * 34}"
+"""The id of no video."""
 VARIANTS = {
     "video": ("video.mp4", "video/mp4"),
     "thumbnail": ("thumbnail.webp", "image/webp"),
@@ -166,3 +169,16 @@ class FakeDispatcher(threading.Thread):
 
 def pusa(**fields: Any) -> str:
     return json.dumps(fields)
+
+
+def data_url(content_type: str, data: bytes) -> str:
+    return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
+
+
+def error_of(answer: Any) -> dict[str, Any]:
+    """The error of an answer, which has the shape of OpenAI's."""
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]

@@ -1,4 +1,4 @@
-"""The stores of production, on this machine: a PostgreSQL of our own, and S3 as moto plays it."""
+"""The stores of production, on this machine: a PostgreSQL of our own, and S3 as moto plays it; and stand-ins."""
 
 import secrets
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
 from serve.store.jobs import JobStore
+from tests.serve.api_support import Service, open_service
+from tests.serve.dispatcher_support import World
 from tests.serve.postgres import own_postgres
 from tests.serve.store_support import Clock
 
@@ -69,6 +71,21 @@ def store(database_url: str, clock: Clock) -> Iterator[JobStore]:
     opened.create_tables()
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A gateway and its API."""
+    with open_service(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """Stores in a folder, and stages and a gang for a dispatcher to drive jobs through."""
+    world = World(tmp_path)
+    yield world
+    world.store.close()
 
 
 @pytest.fixture(scope="session")

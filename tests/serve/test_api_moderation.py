@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pusa_dist.errors import ConfigError, RequestError
 from serve import moderation_example
 from serve.moderation import Finished, Moderation, ModerationUnavailableError, Submission
 from tests.serve.api_support import Service, open_service, png
-from tests.serve.test_dispatcher import World, add_long, stored
+from tests.serve.dispatcher_support import add_long, stored
 
 EXAMPLE = "serve.moderation_example:refuse_listed"
 
@@ -99,13 +99,6 @@ def test_a_hook_that_does_not_exist_is_a_configuration_error(name: str) -> None:
 
 
 # Before a result is published, by the dispatcher.
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[Any]:
-    world = World(tmp_path)
-    yield world
-    world.store.close()
 
 
 @pytest.mark.parametrize(("hook", "code"), [(lambda _: "no", "moderation_refused"), (broken, "moderation_unavailable")])

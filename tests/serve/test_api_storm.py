@@ -5,7 +5,7 @@ import contextlib
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,16 +18,10 @@ from starlette.types import Message
 from pusa_dist.request import GenerationRequest
 from serve.config import ServeConfig
 from serve.moderation import Finished, Moderation, Submission
-from tests.serve.api_support import Service, open_service
+from tests.serve.api_support import Service
 from tests.serve.test_openai_client import running_server
 
 RETRY = {"x-stainless-retry-count": "1"}
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    with open_service(tmp_path) as opened:
-        yield opened
 
 
 class Hold:

@@ -21,16 +21,8 @@ from serve.http.errors import ServeError
 from serve.http.events import Cursor
 from serve.http.gateway import Gateway
 from serve.http.watch import Watch
-from tests.serve.api_support import Service, open_service
+from tests.serve.api_support import ABSENT, Service, open_service
 from tests.serve.test_openai_client import running_server
-
-ABSENT = f"video_{'0' * 34}"
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    with open_service(tmp_path) as opened:
-        yield opened
 
 
 def parsed(text: str) -> list[tuple[str, str, dict[str, Any]]]:

@@ -120,7 +120,6 @@ def test_queued_jobs_come_oldest_first(store: JobStore) -> None:
     for age in ages:
         store.create(new_job(created_at=age))
     assert [job.created_at for job in store.queued("debug", 2)] == [1.0, 2.0]
-    assert store.num_queued_before(store.queued("debug", 3)[2]) == 2
 
 
 def test_progress_and_completion_of_the_current_attempt_are_kept(store: JobStore, clock: Clock) -> None:

@@ -12,10 +12,9 @@ from starlette.routing import Route
 
 from serve.http.errors import ServeError
 from serve.http.tenants import LOCAL, MAX_REMEMBERED, MEMORY_S, Tenants
-from tests.serve.api_support import Service, open_service
+from tests.serve.api_support import ABSENT, Service, open_service
 
 KEY = "pusa_" + "k" * 43
-ABSENT = f"video_{'0' * 34}"
 
 
 @pytest.fixture

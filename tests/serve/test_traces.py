@@ -15,7 +15,6 @@ from serve.http.gateway import Gateway
 from serve.traces import Traces
 from tests.serve import api_support
 from tests.serve.api_support import open_service
-from tests.serve.test_dispatcher import World
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -32,13 +31,6 @@ def traces(exporter):
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     return Traces(provider)
-
-
-@pytest.fixture
-def world(tmp_path):
-    world = World(tmp_path)
-    yield world
-    world.store.close()
 
 
 def named(exporter):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from cluster.manifests.finding import Finding, Object
 from cluster.manifests.objects import (
     Pods,
+    all_containers,
     all_pods,
     cluster_of,
     dig,
@@ -13,7 +14,6 @@ from cluster.manifests.objects import (
     quantity,
     ray_pods,
     ray_services,
-    title,
 )
 
 GPU = "nvidia.com/gpu"
@@ -67,19 +67,9 @@ def images_are_pinned(objects: Sequence[Object]) -> list[Finding]:
 
 def resources_are_declared(objects: Sequence[Object]) -> list[Finding]:
     """Kubernetes places a pod by what it asks for, and Ray sizes a node by it."""
-    containers = [
-        (f"{pods.where} {container.get('name')}", container)
-        for pods in all_pods(objects)
-        for container in pods.all_containers
-    ]
-    containers += [
-        (f"{title(one)} autoscaler", dig(cluster_of(one), "autoscalerOptions", default={}))
-        for one in ray_services(objects)
-        if cluster_of(one).get("enableInTreeAutoscaling")
-    ]
     return [
         Finding(where, f"resources.{kind}.{name} is missing")
-        for where, container in containers
+        for where, container in all_containers(objects)
         for kind in ("requests", "limits")
         for name in ("cpu", "memory")
         if dig(container, "resources", kind, name) is None

@@ -4,7 +4,16 @@ import re
 from collections.abc import Sequence
 
 from cluster.manifests.finding import Finding, Object
-from cluster.manifests.objects import all_pods, cluster_of, dig, of_kind, ray_services, title
+from cluster.manifests.objects import (
+    CLUSTER_SCOPED,
+    all_containers,
+    all_pods,
+    cluster_of,
+    dig,
+    of_kind,
+    ray_services,
+    title,
+)
 
 _SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL")
 _HOST = ("hostNetwork", "hostPID", "hostIPC")
@@ -25,7 +34,7 @@ def namespaces_agree(objects: Sequence[Object]) -> list[Finding]:
     return [
         Finding(title(one), f"namespace is {dig(one, 'metadata', 'namespace')}; use {', '.join(sorted(ours))}")
         for one in objects
-        if one.get("kind") not in ("Namespace", "PriorityClass") and dig(one, "metadata", "namespace") not in ours
+        if one.get("kind") not in CLUSTER_SCOPED and dig(one, "metadata", "namespace") not in ours
     ]
 
 
@@ -38,19 +47,9 @@ def pods_are_unprivileged(objects: Sequence[Object]) -> list[Finding]:
             found.append(Finding(pods.where, "securityContext: runAsNonRoot: true and a runAsUser that is not 0"))
         if dig(context, "seccompProfile", "type") != "RuntimeDefault":
             found.append(Finding(pods.where, "securityContext.seccompProfile.type must be RuntimeDefault"))
-    containers = [
-        (f"{pods.where} {container.get('name')}", container)
-        for pods in all_pods(objects)
-        for container in pods.all_containers
-    ]
-    containers += [
-        (f"{title(one)} autoscaler", dig(cluster_of(one), "autoscalerOptions", default={}))
-        for one in ray_services(objects)
-        if cluster_of(one).get("enableInTreeAutoscaling")
-    ]
     return found + [
         Finding(where, "securityContext: allowPrivilegeEscalation: false and capabilities: {drop: [ALL]}")
-        for where, container in containers
+        for where, container in all_containers(objects)
         for context in [container.get("securityContext") or {}]
         if context.get("allowPrivilegeEscalation") is not False
         or dig(context, "capabilities", "drop") != ["ALL"]

@@ -91,8 +91,8 @@ def every_deployment(objects: Sequence[Object]) -> list[Deployment]:
     for _, text in _texts(objects):
         try:
             found += deployments(text)
-        except Exception:  # noqa: BLE001 - said by serve_args_are_accepted
-            continue
+        except Exception:  # noqa: BLE001 - whatever a builder raises
+            continue  # said by serve_args_are_accepted
     return found
 
 
@@ -115,7 +115,7 @@ def _configs(objects: Sequence[Object]) -> Iterator[tuple[str, Mapping[str, Any]
         try:
             config = yaml.safe_load(text)
         except yaml.YAMLError:
-            continue
+            continue  # said by serve_config_has_rays_form
         if isinstance(config, dict):
             yield where, config
 

@@ -1,0 +1,271 @@
+"""What a job goes on from when a gang, another process or the dispatcher itself is lost or leaves."""
+
+import threading
+import time
+from dataclasses import replace
+
+from pusa_dist.errors import CheckpointError, GangError
+from pusa_dist.request import Conditioning
+from serve.ending import MAX_ATTEMPTS
+from serve.stages import GangUnavailableError, ReplicaLostError
+from tests.serve.dispatcher_support import INPUT, REQUEST, FakeGang, add_long, run, stored
+
+
+def test_a_lost_gang_is_tried_again_once(world):
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", "denoise"] = [GangError("rank 1 died")]
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 2, 1)
+    assert world.metrics.reasons == ["gang_lost"]
+
+
+def test_a_job_on_a_second_lost_gang_is_failed(world):
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", "denoise"] = [GangError("one"), GangError("two")]
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    job = world.job("j")
+    assert (job.status, job.error_code, job.attempt) == ("failed", "gang_died_twice", 2)
+    assert "two" in job.error_message
+
+
+def test_a_lost_process_that_was_not_the_jobs_gang_does_not_count_against_it(world):
+    world.add("j")
+
+    async def scenario():
+        error = ReplicaLostError("the VAE died")
+        world.stages.faults["j", "decode"] = [error, error]
+        began = time.monotonic()
+        async with world.dispatcher(replacement_s=0.3):
+            await world.ended("j")
+        assert time.monotonic() - began > 2 * 0.3  # each time, its replacement had that long to appear
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 3, 0)
+
+
+def test_a_job_that_keeps_losing_processes_is_failed_in_the_end(world):
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", "decode"] = [ReplicaLostError("the VAE died")] * 100
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").error_code, world.job("j").attempt) == ("replica_lost", MAX_ATTEMPTS)
+
+
+def test_a_job_waits_for_a_gang_that_is_being_replaced_without_losing_its_attempt(world):
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", "place"] = [GangUnavailableError("being replaced")]
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 1)
+    assert [call[0] for call in world.stages.calls].count("denoise") == 2
+
+
+def test_checkpoints_are_published_acknowledged_and_removed(world):
+    add_long(world, "j")
+
+    async def scenario():
+        world.gang.step_s = 0.2
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").checkpoint_step == 4)
+            await world.until(lambda: stored(world, "j") == ["checkpoints/1-4"])
+            await world.ended("j")
+
+    run(scenario)
+    assert world.gang.acknowledged in ([("j", 2), ("j", 4)], [("j", 2), ("j", 4), ("j", 6)])
+    assert stored(world, "j") == ["attempts/1/video.mp4"]
+    assert world.job("j").steps_run == 6
+
+
+def test_an_attempt_after_a_lost_gang_begins_at_the_checkpoint_without_text_and_encoder(world):
+    conditioning = (Conditioning(input=0, position=0, noise_multiplier=0.2),)
+    request = replace(REQUEST, conditioning=conditioning, num_inference_steps=6)
+    world.add("j", request=request, inputs=(INPUT,), num_steps=6)
+
+    async def scenario():
+        world.gang.step_s = 0.02
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").checkpoint_step == 2)
+            world.stages.faults["j", "denoise"] = [GangError("rank 1 died")]
+            await world.ended("j")
+
+    run(scenario)
+    (_, _, begins) = world.gang.started[1]
+    assert begins >= 2
+    assert [call[0] for call in world.stages.calls].count("embed") == 2
+    assert [call[0] for call in world.stages.calls].count("encode") == 1
+    job = world.job("j")
+    assert (job.status, job.attempt, job.gang_deaths) == ("completed", 2, 1)
+    assert 6 <= job.steps_run <= 6 + 2
+
+
+def test_a_checkpoint_that_cannot_be_used_costs_the_steps_but_not_the_job(world):
+    add_long(world, "j")
+    assert world.store.claim("j", "a former one", lease_s=60)
+    assert world.store.checkpoint("j", 1, "jobs/j/checkpoints/1-4", 4)
+    assert world.store.requeue("j", 1, gang_died=False)
+
+    async def scenario():
+        world.stages.faults["j", "admit"] = [CheckpointError("of another revision")]
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert [begins for _, _, begins in world.gang.started] == [4, 0]
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 2)
+
+
+def test_a_gang_that_falls_silent_is_given_up_and_its_job_goes_on_elsewhere(world, monkeypatch):
+    monkeypatch.setattr("serve.gangs.HOLD_S", 0.1)
+    monkeypatch.setattr("serve.gangs.ANSWER_S", 0.3)
+    add_long(world, "j")
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher(gangs={"gang": (world.gang, 2)}) as dispatcher:
+            await world.until(lambda: world.job("j").step == 1)
+            world.gang.is_silent = True
+            dispatcher.register("other", other, 2)
+            await world.ended("j")
+            world.gang.is_silent = False
+
+    run(scenario)
+    assert [job_id for job_id, _, _ in other.started] == ["j"]
+    assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 2, 0)
+    assert world.metrics.reasons == ["replica_lost"]
+    assert world.metrics.num_lost == 1
+
+
+def test_a_dispatcher_that_stops_gives_its_jobs_back_at_once(world):
+    world.add("j")
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").step == 1)
+        assert (world.job("j").status, world.job("j").step, world.job("j").checkpoint_step) == ("queued", 1, 1)
+        world.gang.gate.set()
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 2)
+
+
+def test_a_dispatcher_that_stops_hands_its_jobs_to_another_where_they_stand(world):
+    add_long(world, "j", steps=8)
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        world.gang.step_s = 0.05
+        stopping = world.dispatcher()
+        await stopping.__aenter__()
+        await world.until(lambda: len(world.gang.steps) >= 3)
+        async with world.dispatcher(gangs={"other": (other, 2)}):
+            await stopping.__aexit__(None, None, None)
+            await world.ended("j")
+
+    run(scenario)
+    assert other.started == [("j", 2, len(world.gang.steps))]
+    assert world.job("j").steps_run == 8
+
+
+def test_a_job_claimed_while_the_dispatcher_stops_is_given_back(world, monkeypatch):
+    world.add("j")
+    claim, is_claiming = world.store.claim, threading.Event()
+
+    def claim_slowly(*arguments):
+        is_claiming.set()
+        time.sleep(0.3)
+        return claim(*arguments)
+
+    async def scenario():
+        monkeypatch.setattr(world.store, "claim", claim_slowly)
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(is_claiming.is_set)
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("queued", 1)
+
+
+def test_the_jobs_of_a_dead_dispatcher_are_taken_over_when_its_lease_runs_out(world):
+    world.add("j")
+    assert world.store.claim("j", "the dead one", lease_s=0.5)
+
+    async def scenario():
+        async with world.dispatcher(lease_s=1.0):
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 2)
+    assert world.metrics.reasons == ["lease_expired"]
+
+
+def test_a_job_whose_dispatchers_keep_dying_is_failed_in_the_end(world):
+    world.add("j")
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        assert world.store.claim("j", "a dead one", lease_s=60)
+        assert world.store.requeue("j", attempt, gang_died=False)
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert world.job("j").error_code == "replica_lost"
+
+
+def test_an_attempt_that_was_taken_over_publishes_nothing(world):
+    world.add("j")
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").step == 1)
+            assert world.store.requeue("j", 1, gang_died=False)
+            assert world.store.claim("j", "another", lease_s=60)
+            world.gang.gate.set()
+            await world.until(lambda: world.gang.closed == ["j"])
+            attempt = world.folder / "artifacts/jobs/j/attempts/1"
+            await world.until(lambda: not attempt.exists())
+            assert world.job("j").attempt == 2
+
+    run(scenario)
+    assert (world.job("j").status, world.metrics.outcomes) == ("in_progress", [])
+
+
+def test_a_job_whose_end_could_not_be_written_is_tried_again(world, monkeypatch):
+    world.add("j")
+    complete, outages = world.store.complete, [OSError("the store is gone")]
+
+    def complete_after_outage(*arguments):
+        if outages:
+            raise outages.pop()
+        return complete(*arguments)
+
+    async def scenario():
+        monkeypatch.setattr(world.store, "complete", complete_after_outage)
+        async with world.dispatcher(lease_s=0.5):
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 2)

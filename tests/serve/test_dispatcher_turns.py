@@ -1,0 +1,179 @@
+"""Whose turn it is: places on gangs, urgent jobs, several tenants and several dispatchers."""
+
+import asyncio
+import time
+
+import pytest
+
+from pusa_dist.errors import GangError
+from tests.serve.dispatcher_support import REQUEST, FakeGang, add_long, run
+
+
+def test_a_gang_holds_no_more_than_it_may_and_priority_comes_first(world):
+    for n in range(4):
+        world.add(f"batch-{n}", priority="batch", created_at=1.0 + n + time.time() - 20)
+    world.add("urgent")
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(lambda: len(world.gang.residents) >= 2)
+            # Which of the two was embedded first is chance; no other may be on the gang before them.
+            assert {job_id for job_id, _, _ in world.gang.started[:2]} == {"urgent", "batch-0"}
+            world.gang.gate.set()
+            await world.ended("urgent", *(f"batch-{n}" for n in range(4)))
+
+    run(scenario)
+    assert world.gang.max_held <= 2 + 1  # one may wait beside those that the ranks hold
+
+
+def test_a_gang_is_told_what_it_holds_and_how_far_that_is_safe(world, monkeypatch):
+    monkeypatch.setattr("serve.gangs.HOLD_S", 0.05)
+    add_long(world, "j")
+
+    async def scenario():
+        world.gang.step_s = 0.1
+        async with world.dispatcher():
+            await world.until(lambda: world.gang.renewals and world.gang.renewals["j"].published_step == 2)
+            assert world.gang.renewals["j"].attempt == 1
+            await world.ended("j")
+            await world.until(lambda: not world.gang.renewals)
+
+    run(scenario)
+
+
+def test_a_gang_that_is_closed_gets_no_job_and_what_it_releases_goes_on_elsewhere(world, monkeypatch):
+    monkeypatch.setattr("serve.gangs.HOLD_S", 0.05)
+    monkeypatch.setattr("serve.gangs.ANSWER_S", 1.0)
+    add_long(world, "j")
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher() as dispatcher:
+            await world.until(lambda: world.job("j").step == 1)
+            world.gang.is_closed = True
+            dispatcher.register("other", other, 2)
+            await world.ended("j")
+            await world.until(lambda: world.metrics.states == {"leaving": 1, "open": 1})
+            world.gang.is_silent = True
+            await world.until(lambda: world.metrics.states == {"open": 1})
+            world.gang.is_silent = False
+
+    run(scenario)
+    assert world.metrics.num_lost == 0  # it had said that it would leave
+    assert world.job("j").attempt == 1  # the same attempt, so that nothing was given up
+    assert other.started == [("j", 1, 1)]
+    assert (world.metrics.num_released, world.metrics.num_repeated) == (1, 0)
+    assert world.job("j").steps_run == 6
+
+
+def test_an_idle_gang_takes_over_a_job_that_waits_on_another(world):
+    add_long(world, "first")
+    add_long(world, "second", created_at=time.time() + 0.1)
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher() as dispatcher:
+            await world.until(lambda: len(world.gang.residents) == 2)
+            dispatcher.register("other", other, 2)
+            await world.until(lambda: other.started)
+            world.gang.gate.set()
+            await world.ended("first", "second")
+
+    run(scenario)
+    assert other.started == [("second", 1, 0)]
+
+
+def test_an_urgent_job_takes_the_place_of_a_waiting_batch_job_of_its_tenant(world):
+    for n in range(3):
+        add_long(world, f"batch-{n}", priority="batch", created_at=time.time() - 30 + n)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(lambda: len(world.gang.residents) >= 2)
+            add_long(world, "urgent")
+            await world.until(lambda: "urgent" in world.gang.residents)
+            world.gang.gate.set()
+            await world.ended("urgent", *(f"batch-{n}" for n in range(3)))
+
+    run(scenario)
+    assert world.gang.max_held <= 2 + 1  # one may wait beside those that the ranks hold
+    assert all(world.job(f"batch-{n}").attempt == 1 for n in range(3))
+
+
+def test_a_tenant_that_comes_late_is_not_behind_the_whole_queue_of_another(world):
+    for n in range(6):
+        add_long(world, f"a-{n}", tenant="a", created_at=time.time() - 30 + n)
+
+    async def scenario():
+        world.gang.step_s = 0.03
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(lambda: world.gang.steps)
+            add_long(world, "b", tenant="b")
+            await world.until(lambda: world.store.get("b", "b").attempt == 1)
+            world.gang.gate.set()
+            await world.until(lambda: world.store.get("b", "b").is_final)
+            num_done = sum(world.store.get("a", f"a-{n}").is_final for n in range(6))
+            assert num_done <= 3
+
+    run(scenario)
+
+
+def test_what_was_delivered_is_charged_to_the_tenant_once(world):
+    add_long(world, "j")
+
+    async def scenario():
+        world.gang.step_s = 0.05
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").checkpoint_step == 2)
+            world.stages.faults["j", "denoise"] = [GangError("rank 1 died")]
+            await world.ended("j")
+
+    run(scenario)
+    (day,) = world.store.usage("local", "2000-01-01")
+    assert day.cost == pytest.approx(6 * 0.05, rel=0.4)  # six new steps, though eight may have run
+    assert world.store.tenant("local").virtual_time == pytest.approx(day.cost)
+    (shape, seconds) = next(iter(world.store.step_seconds("debug").items()))
+    assert (shape.num_tokens, seconds) == (REQUEST.num_tokens, pytest.approx(0.05))
+
+
+def test_two_dispatchers_share_a_store_and_neither_runs_the_others_jobs(world):
+    names = [f"j-{n}" for n in range(6)]
+    for name in names:
+        add_long(world, name)
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        async with world.dispatcher(), world.dispatcher(gangs={"other": (other, 2)}):
+            await world.ended(*names)
+
+    run(scenario)
+    began = [job_id for gang in (world.gang, other) for job_id, _, _ in gang.started]
+    assert sorted(began) == names
+    assert world.gang.started
+    assert other.started
+    assert world.store.usage("local", "2000-01-01")[0].cost == pytest.approx(world.store.tenant("local").virtual_time)
+
+
+def test_a_backlog_at_the_vae_keeps_no_other_tenant_out(world):
+    for number in range(3):
+        world.add(f"a{number}", created_at=time.time() + number)
+
+    async def scenario():
+        world.stages.decoding = asyncio.Event()
+        async with world.dispatcher(num_decoders=1, max_decoding=1):
+            await world.until(lambda: world.job("a0").stage == "decode")
+            await world.until(lambda: world.job("a1").stage == "decode")
+            world.add("b0", tenant="other")
+            await world.until(lambda: world.store.get("other", "b0").stage == "decode")
+            world.stages.decoding.set()
+            await world.until(lambda: len(world.metrics.outcomes) == 4)
+
+    run(scenario)
+    decoded = [call[1] for call in world.stages.calls if call[0] == "decode"]
+    assert decoded[:2] == ["a0", "b0"]
+    assert set(world.metrics.outcomes) == {"completed"}
