@@ -63,10 +63,11 @@ def longest_wait_steps(seen: Observation, tenants: Iterable[str], others: Iterab
 def delivered(seen: Observation, tenants: Iterable[str]) -> dict[str, float]:
     """Gang-seconds that each of these tenants got while all of them had jobs that waited."""
     names = list(tenants)
+    since = max(min(one.ready_at for one in seen.outcomes if one.tenant == name) for name in names)
     until = min(max(one.began_at for one in seen.outcomes if one.tenant == name) for name in names)
     got: dict[str, float] = defaultdict(float, dict.fromkeys(names, 0.0))
     for one in seen.deliveries:
-        if one.at <= until and one.tenant in got:
+        if since < one.at <= until and one.tenant in got:
             got[one.tenant] += one.cost
     return dict(got)
 
