@@ -164,12 +164,19 @@ def rates_by_load(axes: Axes, points: Sequence[Point], found_knee: Knee | None, 
     axes.plot([0, max(rates)], [0, max(rates)], "--", color=_GREY, linewidth=1, label="offered")
     axes.plot(rates, [one.achieved for one in points], "o-", color=_COLOURS[0], label="achieved")
     if slo is not None and slo.classes:
-        axes.plot(rates, [one.goodput for one in points], "o-", color=_COLOURS[2], label="goodput, by the whole run")
+        axes.plot(
+            rates,
+            [one.goodput for one in points],
+            "s--",
+            color=_COLOURS[2],
+            markersize=4,
+            label="goodput, by the whole run",
+        )
     _mark_knee(axes, found_knee)
     axes.set(title="Throughput by load", xlabel="offered rate (jobs/s)", ylabel="jobs/s")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _saved(path: Path, paint: Callable[[Axes], None], height: float = 4.2) -> Path:
@@ -224,7 +231,7 @@ def _per_second(instants: Sequence[float], width: float) -> list[float]:
 def _mark(axes: Axes, faults: Sequence[Struck]) -> None:
     for number, one in enumerate(faults):
         whole_s = one.at_s if one.whole_after_s is None else one.at_s + one.whole_after_s
-        label = f"{one.what}, until its gang is whole" if not number else None
+        label = f"{one.what}: gang not whole" if not number else None
         axes.axvspan(one.at_s, whole_s, color=_COLOURS[1], alpha=0.25, linewidth=0, label=label)
 
 
