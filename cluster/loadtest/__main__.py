@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
@@ -34,12 +33,13 @@ from cluster.loadtest.settings import SettingsError
 from cluster.loadtest.slo import Slo, read_slo
 from cluster.loadtest.workload import Workload, read_workload
 
-CONFIGS = Path(str(files("configs")))
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code: 1 for missed objectives, 2 for what cannot be measured."""
     options = _parser().parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     if options.url is None:
         processes.adopt_orphans()
@@ -146,7 +146,8 @@ def _rates(text: str) -> list[float]:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    """As Ctrl-C, which asyncio turns into an orderly end of what waits."""
+    signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import httpx
 
-from cluster.loadtest.client import FINAL, client, code_of, create, end_of, pause_of
+from cluster.loadtest.client import FINAL, Created, client, code_of, create, end_of, pause_of
 from cluster.loadtest.rows import Outcome, Row
 from cluster.loadtest.schedule import Arrival
 from cluster.orders import Form
@@ -47,6 +47,15 @@ class Run:
     """After the last arrival is due, for what is then not seen to end."""
 
 
+@dataclass(frozen=True, slots=True)
+class _InHand:
+    """What the service has of ours, or may have, with the client to cancel it with."""
+
+    jobs: dict[str, httpx.AsyncClient] = field(default_factory=dict)
+    creates: dict[asyncio.Task[Created], httpx.AsyncClient] = field(default_factory=dict)
+    """On their way: they are not cut off, since nobody would know of the job then."""
+
+
 async def drive(target: Target, run: Run, began: float) -> list[Row]:
     """Send every job when it is due and wait for all ends.
 
@@ -55,7 +64,7 @@ async def drive(target: Target, run: Run, began: float) -> list[Row]:
         run: to be sent.
         began: the instant of ``time.monotonic`` from which the arrivals count.
     """
-    open_ids: dict[str, str] = {}
+    in_hand = _InHand()
     deadline = began + run.arrivals[-1].at + run.job_timeout_s
     async with AsyncExitStack() as stack:
         clients = {
@@ -64,12 +73,12 @@ async def drive(target: Target, run: Run, began: float) -> list[Row]:
         try:
             return await asyncio.gather(
                 *(
-                    _one(clients[arrival.tenant], run, arrival, sent, began, deadline, open_ids)
+                    _one(clients[arrival.tenant], run, arrival, sent, began, deadline, in_hand)
                     for arrival, sent in zip(run.arrivals, run.forms, strict=True)
                 )
             )
         except asyncio.CancelledError:
-            await _cancel(clients, open_ids)
+            await _cancel(in_hand)
             raise
 
 
@@ -80,7 +89,7 @@ async def _one(
     sent: Form,
     began: float,
     deadline: float,
-    open_ids: dict[str, str],
+    in_hand: _InHand,
 ) -> Row:
     await asyncio.sleep(began + arrival.at - time.monotonic())
     row = partial(
@@ -92,7 +101,10 @@ async def _one(
         intended_s=arrival.at,
         sent_s=time.monotonic() - began,
     )
-    created = await create(http, sent, f"{run.name}-{arrival.number}")
+    creating = asyncio.create_task(create(http, sent, f"{run.name}-{arrival.number}"))
+    in_hand.creates[creating] = http
+    created = await asyncio.shield(creating)
+    del in_hand.creates[creating]
     answer, now = created.answer, time.monotonic() - began
     row = partial(row, tries=created.tries, http_status=None if answer is None else answer.status_code)
     if answer is None or answer.is_error:
@@ -100,14 +112,14 @@ async def _one(
         return row(ended_s=now, outcome="rejected" if is_load else "error", code=code_of(answer))
     job_id = str(answer.json()["id"])
     row = partial(row, accepted_s=now, job_id=job_id)
-    open_ids[job_id] = arrival.tenant
+    in_hand.jobs[job_id] = http
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
             job = await end_of(http, job_id, pause_of(answer))
     except TimeoutError:
         return row(ended_s=time.monotonic() - began, outcome="timeout", code="not_seen_to_end")
     ended_s = time.monotonic() - began
-    del open_ids[job_id]
+    del in_hand.jobs[job_id]
     outcomes: dict[str, Outcome] = dict(zip(FINAL, ("completed", "failed", "cancelled"), strict=True))
     return row(
         ended_s=ended_s,
@@ -118,17 +130,23 @@ async def _one(
     )
 
 
-async def _cancel(clients: Mapping[str, httpx.AsyncClient], open_ids: Mapping[str, str]) -> None:
+async def _cancel(in_hand: _InHand) -> None:
     """Leave nothing running that nobody waits for: the service may be another's."""
+    if in_hand.creates:
+        done, _ = await asyncio.wait(in_hand.creates, timeout=_CANCEL_S)
+        for one in done:
+            answer = one.result().answer
+            if answer is not None and answer.is_success:
+                in_hand.jobs[str(answer.json()["id"])] = in_hand.creates[one]
 
-    async def cancel(job_id: str, tenant: str) -> None:
+    async def cancel(job_id: str, http: httpx.AsyncClient) -> None:
         try:
-            await clients[tenant].post(f"/v1/videos/{job_id}/cancel")
+            await http.post(f"/v1/videos/{job_id}/cancel")
         except httpx.TransportError:
             return
 
     try:
         async with asyncio.timeout(_CANCEL_S):
-            await asyncio.gather(*(cancel(*one) for one in list(open_ids.items())))
+            await asyncio.gather(*(cancel(*one) for one in list(in_hand.jobs.items())))
     except TimeoutError:
         return
