@@ -80,8 +80,6 @@ def arrivals_and_ends(axes: Axes, rows: Sequence[Row], faults: Sequence[Struck])
     axes.set(title="Rates and jobs in flight over the run", ylabel=f"jobs/s, in bins of {width:.1f} s")
     axes.set_ylim(bottom=0)
     _mark(axes, faults)
-    axes.legend(frameon=False, ncols=3, loc="upper left")
-    axes.set_ylim(top=1.25 * axes.get_ylim()[1])
 
 
 def in_flight(axes: Axes, rows: Sequence[Row], faults: Sequence[Struck]) -> None:
@@ -108,7 +106,9 @@ def stages(axes: Axes, summary: Summary) -> None:
         left = {name: left[name] + width for name, width in zip(names, widths, strict=True)}
     axes.set(title="Where the time goes, mean of completed jobs", xlabel="seconds of latency")
     axes.grid(visible=False, axis="y")
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.28 - 0.12 / max(len(names), 1)))
+    figure = axes.get_figure()
+    if figure is not None:
+        figure.legend(frameon=False, ncols=3, loc="outside lower center")
 
 
 def tenants(axes: Axes, rows: Sequence[Row], summary: Summary) -> None:
@@ -195,6 +195,7 @@ def _saved_pair(path: Path, rows: Sequence[Row], faults: Sequence[Struck]) -> Pa
         _plain(axes)
     arrivals_and_ends(above, rows, faults)
     in_flight(below, rows, faults)
+    figure.legend(*above.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=140)
     return path
 

@@ -23,6 +23,14 @@ from serve.policy.quota import Quota
 from serve.store.jobs import JobStore
 from tests.serve.api_support import FakeDispatcher
 
+WORKLOAD = """
+request_rate: 1
+num_jobs: 1
+tenants: {amber: {}, birch: {}, cedar: {}}
+classes:
+  draft: {task: text_to_video, size: 64x64, num_frames: 5, num_inference_steps: 4, share: 9}
+  text: {task: image_to_video, size: 64x64, num_frames: 5, num_inference_steps: 4}
+"""
 TENANTS = ("amber", "birch", "cedar")
 
 
@@ -70,12 +78,28 @@ def run(url, folder, *arguments):
     return loadtest.main(["--url", url, "--out", str(folder / "out"), "--request-rate", "20", *arguments])
 
 
-def test_a_run_against_a_url_is_reported_with_every_job_once(tmp_path, environment, capsys):
+def test_a_run_against_a_url_is_reported_with_every_job_once(tmp_path, environment, capsys, monkeypatch):
+    monkeypatch.setattr("cluster.loadtest.run.SETTLE_S", 0.0)
     with served(tmp_path) as (url, keys, _):
         environment(keys)
         slo = tmp_path / "slo.yaml"  # a busy machine is as good as an idle one for all that is judged here
         slo.write_text("{max_p99_lag_s: null, classes: {draft: {latency_s: 300}, text: {latency_s: 300}}}")
-        code = run(url, tmp_path, "--num-jobs", "24", "--rates", "10,20,30", "--sweep-jobs", "3", "--slo", str(slo))
+        workload = tmp_path / "workload.yaml"
+        workload.write_text(WORKLOAD)
+        code = run(
+            url,
+            tmp_path,
+            "--num-jobs",
+            "24",
+            "--rates",
+            "10,20,30",
+            "--sweep-jobs",
+            "3",
+            "--slo",
+            str(slo),
+            "--workload",
+            str(workload),
+        )
     assert code == 0, capsys.readouterr()
     rows = read_rows(tmp_path / "out/jobs.jsonl")
     assert sorted(one.number for one in rows) == list(range(24))
