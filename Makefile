@@ -9,7 +9,7 @@ PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 CRDS ?=
-LOAD ?= --slo configs/loadtest/debug-slo.yaml --rates 0.5,1,1.5,2 --kill-rank-at 150 --saturation 2
+LOAD ?= --slo configs/loadtest/debug-slo.yaml --rates 1,1.5,2,3 --kill-rank-at 150 --saturation 2
 STAMP := $(VENV)/.installed
 
 .PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos loadtest manifests lock

@@ -13,6 +13,8 @@ from cluster.loadtest.orders import number_of
 from cluster.loadtest.rows import Row
 
 _REQUEST_S = 30.0
+_CLOCKS_S = 600.0
+"""How far the service's clock may be behind ours: jobs that are older than the run end the search for its own."""
 _LEDGER_S = 3.0
 """The service writes its ledger about once a second."""
 
@@ -118,7 +120,7 @@ def _jobs(http: httpx.Client, since: float) -> Iterable[dict[str, Any]]:
         parameters: dict[str, Any] = {"limit": 100, "order": "desc", **after}
         page = http.get("/v1/videos", params=parameters).raise_for_status().json()
         for job in page["data"]:
-            if job["created_at"] < since - 5:
+            if job["created_at"] < since - _CLOCKS_S:
                 return
             yield job
         if not page["has_more"]:

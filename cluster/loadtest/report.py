@@ -101,6 +101,7 @@ def _overall(summary: Summary) -> str:
         ("gang-seconds a video", _optional(seconds[0], "s")),
         ("rank-seconds a video", _optional(seconds[1], "s")),
         ("Jain index of the tenants' served parts", f"{summary.jain_index:.4f}"),
+        ("Jain index of the tenants' service by latency", f"{summary.jain_of_speed:.4f}"),
         ("p99 lag of the load generator", f"{1000 * summary.p99_lag_s:.0f} ms"),
     ]
     return "## Overall\n\n" + _table(("figure", "value"), rows)

@@ -28,7 +28,7 @@ class Slo:
     """Of the jobs that were due: failed, timed out, or refused for another reason than load."""
     max_reject_rate: float | None = None
     min_jain: float | None = None
-    """Of the served parts of what the tenants asked for, under each one's weight."""
+    """Of the served parts of what the tenants asked for."""
     max_p99_lag_s: float | None = 0.5
     """Of the load generator: above it, its machine was too busy, and the figures say little of the service."""
     min_saturation_ratio: float | None = 0.9

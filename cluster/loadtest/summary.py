@@ -84,6 +84,8 @@ class Summary:
     rank_seconds_per_video: float | None
     jain_index: float
     """Of what the tenants were served of what they asked for; 1 is fair."""
+    jain_of_speed: float
+    """Of the tenants' service by latency: 1 when all wait equally long for what they get. Unequal weights lower it."""
     total: Group
     classes: Mapping[str, Group]
     tenants: Mapping[str, Group]
@@ -118,6 +120,7 @@ def summarise(
         gang_seconds_per_video=per_video,
         rank_seconds_per_video=None if per_video is None or ranks_per_gang is None else per_video * ranks_per_gang,
         jain_index=jain(served_parts(tenants)),
+        jain_of_speed=jain(speeds(tenants)),
         total=_group(rows, slo),
         classes={
             name: _group([one for one in rows if one.job_class == name], slo) for name in _names(rows, "job_class")
@@ -136,6 +139,12 @@ def served_parts(tenants: Mapping[str, Group]) -> list[float]:
     """Completed by asked-for jobs, of every tenant; all 1 when nobody got anything, which is fair."""
     parts = [one.completed / one.num_jobs for one in tenants.values()]
     return parts if any(parts) else [1.0] * len(parts)
+
+
+def speeds(tenants: Mapping[str, Group]) -> list[float]:
+    """Mean service by mean latency, of every tenant that anything completed for; [1] if there is none."""
+    found = [one.latency.service_s / one.latency.mean.value for one in tenants.values() if one.latency is not None]
+    return found if any(found) else [1.0]
 
 
 def peak_in_flight(rows: Sequence[Row]) -> int:

@@ -108,6 +108,12 @@ def test_serving_one_tenant_only_is_seen_in_the_jain_index():
     assert summarise([row(n) for n in range(20)], None).jain_index == pytest.approx(1.0)
 
 
+def test_waiting_longer_for_the_same_is_seen_in_the_jain_index_of_speed():
+    rows = [row(n, latency=1.0 if n % 2 else 9.0) for n in range(20)]
+    assert summarise(rows, None).jain_index == pytest.approx(1.0)
+    assert summarise(rows, None).jain_of_speed < 0.7
+
+
 def test_a_run_in_which_nothing_completes_is_summed_up_too():
     found = summarise([row(n, outcome="error") for n in range(3)], SLO)
     assert (found.request_throughput, found.total.latency, point(found)) == (0.0, None, None)
