@@ -39,8 +39,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code: 1 for missed objectives, 2 for what cannot be measured."""
     options = _parser().parse_args(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    signal.signal(signal.SIGTERM, _interrupt)
     if options.url is None:
         processes.adopt_orphans()
     try:
@@ -151,4 +149,6 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())
