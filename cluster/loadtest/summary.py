@@ -71,7 +71,7 @@ class Summary:
     offered_rate: float
     """Jobs a second: gaps between intended arrivals, by the time that they take."""
     achieved_rate: float
-    """The same of completions: no ramp at either end is in it."""
+    """The same of completions, over no less time than the arrivals took: no ramp at either end is in it."""
     request_throughput: float
     request_goodput: float | None
     """None: no class has an objective."""
@@ -103,15 +103,15 @@ def summarise(
         ranks_per_gang: of the service; None: not known.
     """
     ends = sorted(one.ended_s for one in rows if one.outcome == "completed")
-    first = min(one.intended_s for one in rows)
-    duration_s = max(one.ended_s for one in rows) - first
+    due = sorted(one.intended_s for one in rows)
+    duration_s = max(one.ended_s for one in rows) - due[0]
     good = [one for one in rows if is_good(one, slo)]
     per_video = gang_seconds / len(ends) if gang_seconds is not None and ends else None
     tenants = {name: _group([one for one in rows if one.tenant == name], slo) for name in _names(rows, "tenant")}
     return Summary(
         duration_s=duration_s,
-        offered_rate=_rate(sorted(one.intended_s for one in rows)),
-        achieved_rate=_rate(ends),
+        offered_rate=_rate(due),
+        achieved_rate=_rate(ends, due[-1] - due[0]),
         request_throughput=len(ends) / duration_s,
         request_goodput=len(good) / duration_s if slo is not None and slo.classes else None,
         peak_in_flight=peak_in_flight(rows),
@@ -181,8 +181,8 @@ def _names(rows: Sequence[Row], attribute: str) -> list[str]:
     return sorted({getattr(one, attribute) for one in rows})
 
 
-def _rate(instants: Sequence[float]) -> float:
-    span_s = instants[-1] - instants[0] if len(instants) > 1 else 0.0
+def _rate(instants: Sequence[float], least_s: float = 0.0) -> float:
+    span_s = max(instants[-1] - instants[0], least_s) if len(instants) > 1 else 0.0
     return (len(instants) - 1) / span_s if span_s > 0 else 0.0
 
 

@@ -102,6 +102,11 @@ def test_a_summary_tells_rejects_apart_from_errors_and_goodput_from_throughput()
     assert found.total.latency.percentiles["p50"].value == pytest.approx(1.0)
 
 
+def test_no_more_is_achieved_than_was_offered_however_the_ends_bunch():
+    found = summarise([row(n, latency=10.0 - n + n / 100) for n in range(10)], None)
+    assert found.achieved_rate == pytest.approx(found.offered_rate)
+
+
 def test_serving_one_tenant_only_is_seen_in_the_jain_index():
     rows = [row(n, outcome="completed" if n % 2 else "timeout") for n in range(20)]
     assert summarise(rows, None).jain_index == pytest.approx(0.5)
