@@ -9,16 +9,17 @@ PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 CRDS ?=
+LOAD ?= --slo configs/loadtest/debug-slo.yaml --rates 1,1.5,2,3 --kill-rank-at 150 --saturation 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos manifests lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos loadtest manifests lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,traces,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,traces,loadtest,dev]'
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 openai==2.54.0 distro
 	touch $@
 
@@ -67,6 +68,9 @@ quality: $(STAMP)  ## the small model, alone and adapted, measured through the s
 
 chaos: $(STAMP)  ## kill every kind of process under 20 jobs of three tenants; nothing may be lost or left behind
 	$(BIN)/python -m cluster.chaos
+
+loadtest: $(STAMP)  ## open-loop load with a rank killed, a sweep and a report: make loadtest LOAD='--url URL --slo FILE'
+	$(BIN)/python -m cluster.loadtest $(LOAD)
 
 manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifests CRDS=folder of KubeRay's CRD schemas
 	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))

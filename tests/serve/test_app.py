@@ -40,7 +40,16 @@ def test_a_shipped_configuration_is_a_serve_config_file_and_builds(path):
 
 
 def test_what_is_shipped():
-    shipped = ["chaos", "debug", "kind", "production-multi-host", "production", "single-node", "small-videos"]
+    shipped = [
+        "chaos",
+        "debug",
+        "kind",
+        "loadtest",
+        "production-multi-host",
+        "production",
+        "single-node",
+        "small-videos",
+    ]
     assert [path.stem for path in CONFIGS] == shipped
 
 
