@@ -12,7 +12,7 @@ from heapq import nlargest, nsmallest
 from itertools import islice
 from math import inf
 
-from cluster.simulation import EventLoop
+from cluster.event_loop import EventLoop
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.fairness import InHand, Standing, Turn, Waiting, idle_clock, in_order, virtual_clock
 from serve.policy.placement import Gang, Place, orders

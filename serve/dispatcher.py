@@ -19,11 +19,12 @@ from serve.gangs import Gangs
 from serve.ledger import Ledger
 from serve.moderation import NO_MODERATION, Moderation, ModerationUnavailableError
 from serve.policy.admission import Held, Queued, claims
+from serve.policy.demand import NOTHING, Demand
 from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import is_urgent
 from serve.stages import Checkpoint, GangHandle, Previewed, ReplicaLostError, Stages
 from serve.store.artifacts import ArtifactStore
-from serve.store.jobs import Artifact, Job, JobStore
+from serve.store.jobs import Artifact, Backlog, Job, JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ class Dispatcher:
             and the next attempt does not go to the same dead replica.
         handover_s: how long ``close`` waits for the gangs to hand over what they hold.
         clock: Unix seconds.
+
+    Attributes:
+        demand: what gangs are needed for, a second ago: queued jobs, and those in hand before the VAE.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class Dispatcher:
         self._ledger = Ledger(store, model, clock)
         self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, self._show, clock)
         self._attempts: dict[str, Attempt] = {}
-        self._num_queued = 0
+        self.demand = NOTHING
         self._max_running: dict[str, int | None] = {}
         self._drawing: set[asyncio.Task[None]] = set()
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
@@ -121,10 +125,17 @@ class Dispatcher:
         """A gang is there, and may be given jobs; said again and again as long as it is."""
         self._gangs.register(name, gang, max_resident)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Jobs that gangs are needed for: queued, and in hand before the VAE."""
-        return self._num_queued + sum(one.stage != "decode" for one in self._attempts.values())
+    def _demand(self, queued: Backlog) -> Demand:
+        in_hand = [one for one in self._attempts.values() if one.stage != "decode"]
+        left_s = queued.left_s + sum(self._ledger.cost_left(one.job, one.step) for one in in_hand)
+        whole_s = queued.whole_s + sum(self._ledger.cost_left(one.job, 0) for one in in_hand)
+        num_jobs = queued.num_jobs + len(in_hand)
+        return Demand(
+            num_jobs=num_jobs,
+            backlog_s=left_s,
+            job_s=whole_s / num_jobs if num_jobs else 0.0,
+            asked_s=self._ledger.delivered_s + left_s,
+        )
 
     async def run(self) -> None:
         """Take and drive jobs until ``close``; a store that cannot be reached is retried for ever."""
@@ -204,7 +215,8 @@ class Dispatcher:
         tenants = await self._db(self._store.tenants)
         self._max_running = {one.name: one.quota.max_running for one in tenants}
         counts = await self._db(self._store.unfinished)
-        self._num_queued = counts.get("queued", 0)
+        # Nothing is claimed meanwhile, so no job is counted twice.
+        self.demand = self._demand(await self._db(self._store.backlog))
         self._metrics.depth(counts)
         self._metrics.gangs(self._gangs.num_gangs, self._gangs.num_free)
 

@@ -5,7 +5,7 @@ or ``cancelled`` for good.
 """
 
 from collections.abc import Collection
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, true, update
@@ -36,6 +36,7 @@ from serve.store.usage import UsageLedger, count, count_request
 __all__ = [
     "JOB_ID_PATTERN",
     "Artifact",
+    "Backlog",
     "DuplicateKeyError",
     "Job",
     "JobProgress",
@@ -62,6 +63,17 @@ class QuotaExceededError(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
         self.refusal = refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Jobs that nobody has claimed."""
+
+    num_jobs: int
+    left_s: float
+    """Gang-seconds that they still need, together, as predicted when they were created."""
+    whole_s: float
+    """Gang-seconds from their first steps on."""
 
 
 class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLog):
@@ -189,6 +201,16 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         query = select(jobs.c.status, func.count().label("num")).where(is_unfinished).group_by(jobs.c.status)
         with self._engine.connect() as connection:
             return {row.status: row.num for row in connection.execute(query).all()}
+
+    def backlog(self) -> Backlog:
+        """What is queued; as with ``unfinished``, what has ended costs nothing."""
+        share_left = 1.0 - 1.0 * jobs.c.step / jobs.c.num_steps
+        query = select(func.count(), func.sum(jobs.c.cost * share_left), func.sum(jobs.c.cost)).where(
+            jobs.c.status == "queued"
+        )
+        with self._engine.connect() as connection:
+            num_jobs, left_s, whole_s = connection.execute(query).one()
+        return Backlog(num_jobs, left_s or 0.0, whole_s or 0.0)
 
     def _newest(self, *conditions: ColumnElement[bool]) -> Job | None:
         query = select(jobs).where(*conditions).order_by(jobs.c.id.desc()).limit(1)
