@@ -9,9 +9,10 @@ PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 CRDS ?=
+WORKLOAD ?= configs/simulation/example.yaml
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos manifests lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos manifests simulate lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -70,6 +71,9 @@ chaos: $(STAMP)  ## kill every kind of process under 20 jobs of three tenants; n
 
 manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifests CRDS=folder of KubeRay's CRD schemas
 	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))
+
+simulate: $(STAMP)  ## how many GPUs of which pool a workload needs, and what they cost: make simulate WORKLOAD=file
+	$(BIN)/python -m cluster.simulation --config $(WORKLOAD)
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt
