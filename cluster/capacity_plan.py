@@ -108,7 +108,7 @@ class Plan:
                 times.append(at)
             at += rng.expovariate(peak)
         if self.burst_jobs:
-            num_bursts = math.ceil(self.hours / self.burst_every_h)
+            num_bursts = math.floor(self.hours / self.burst_every_h + 0.5)  # each in the middle of its time
             times += [
                 (number + 0.5) * self.burst_every_h * _HOUR_S
                 for number in range(num_bursts)

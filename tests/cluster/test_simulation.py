@@ -1,5 +1,6 @@
 """The capacity simulation: against what is known in closed form, in size, and as it is called."""
 
+import logging
 import math
 import random
 import time
@@ -16,6 +17,8 @@ from cluster.event_loop import EventLoop
 from cluster.simulated_pool import serve
 from cluster.simulation import fewest, main
 from cluster.virtual_cluster import Ask, Times, VirtualCluster
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = Path(next(iter(configs.__path__))) / "simulation" / "example.yaml"
 
@@ -155,13 +158,15 @@ def test_8192_gpus_and_200_000_jobs_within_a_minute():
     gangs = gpus // per_gang
     asked = replace(
         load_plan(EXAMPLE), hours=num_jobs * 30.0 / (load * gangs * 3600), jobs_per_hour=load * gangs * 120.0,
-        swing=0.3, burst_jobs=0, classes=(JobClass(name="usual", share=1.0, shape="small", steps=10),),
+        swing=0.0, burst_jobs=0, classes=(JobClass(name="usual", share=1.0, shape="small", steps=10),),
     )  # fmt: skip
     one = pool(gpus_per_gang=per_gang, cold_start_s=240.0, gpu_hours_between_failures=50_000.0)
     arrivals = list(asked.arrivals())
     began, began_cpu = time.perf_counter(), time.process_time()
     served = serve(asked, one, gangs, arrivals=arrivals)
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
-    assert len(arrivals) > 0.6 * num_jobs
+    assert len(arrivals) == pytest.approx(num_jobs, rel=0.02)
     assert served.num_unfinished == 0
-    assert cpu_s < 60, f"{len(arrivals)} jobs in {wall_s:.1f} s of wall time"
+    logger.info("%d jobs on %d GPUs: %.1f s, %.1f s of processor time", len(arrivals), gpus, wall_s, cpu_s)
+    # Of processor time, so that a busy machine does not decide.
+    assert cpu_s < 60
