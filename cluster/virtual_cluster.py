@@ -210,6 +210,8 @@ class VirtualCluster:
         self._num_unfinished = 0
         self._asked_s = self._delivered_s = self._whole_s = self.busy_s = 0.0
         self._has_batch = False
+        # Seldom polls have to take many at once, or a few tenants could not keep a thousand gangs busy.
+        self._look_ahead = max(_LOOK_AHEAD, window or num_gangs) if is_coarse else _LOOK_AHEAD
         self._queued: dict[tuple[str, Priority], deque[_Job]] = {}
         self._claimed: dict[str, _Job] = {}
         self._ahead: dict[str, _Job] = {}
@@ -328,7 +330,7 @@ class VirtualCluster:
 
     def _claimable(self) -> list[_Job]:
         now = self._loop.now
-        shown = {job.ask.id: job for lane in self._queued.values() for job in islice(lane, _LOOK_AHEAD)}
+        shown = {job.ask.id: job for lane in self._queued.values() for job in islice(lane, self._look_ahead)}
         if not shown:
             return []
         ahead = (
