@@ -10,9 +10,10 @@ TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 CRDS ?=
 LOAD ?= --slo configs/loadtest/debug-slo.yaml --rates 1,1.5,2,3 --kill-rank-at 150 --saturation 2
+WORKLOAD ?= configs/simulation/example.yaml
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos loadtest manifests lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos loadtest manifests simulate lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -74,6 +75,9 @@ loadtest: $(STAMP)  ## open-loop load with a rank killed, a sweep and a report: 
 
 manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifests CRDS=folder of KubeRay's CRD schemas
 	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))
+
+simulate: $(STAMP)  ## how many GPUs of which pool a workload needs, and what they cost: make simulate WORKLOAD=file
+	$(BIN)/python -m cluster.simulation --config $(WORKLOAD)
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt
