@@ -77,6 +77,7 @@ manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifest
 	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))
 
 simulate: $(STAMP)  ## how many GPUs of which pool a workload needs, and what they cost: make simulate WORKLOAD=file
+	$(BIN)/python -m cluster.simulation --check
 	$(BIN)/python -m cluster.simulation --config $(WORKLOAD)
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt

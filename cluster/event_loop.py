@@ -15,7 +15,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._number = count()
 
     @property
@@ -23,11 +23,11 @@ class EventLoop:
         """When the next event is due; infinity without one."""
         return self._events[0][0] if self._events else inf
 
-    def at(self, when: float, action: Callable[[], None]) -> None:
+    def at(self, when: float, action: Callable[[], object]) -> None:
         """Call ``action`` at ``when``, or next if that is past."""
         heappush(self._events, (max(when, self.now), next(self._number), action))
 
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
+    def after(self, seconds: float, action: Callable[[], object]) -> None:
         """Call ``action`` this much later."""
         self.at(self.now + seconds, action)
 

@@ -9,13 +9,16 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import configs
+from cluster import verdicts
 from cluster.capacity_plan import Arrival, Plan, Pool, load_plan
+from cluster.replayed_run import compare, read_replay
 from cluster.simulated_pool import Served, serve
+from cluster.simulation_check import check
 
 _HEADROOM = 1.5
 """Gangs that autoscaling may have, by the fixed number that is enough: a queue that has grown must shrink again."""
@@ -96,8 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="simulation", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path(next(iter(configs.__path__))) / "simulation/example.yaml")
     parser.add_argument("--max-gpus", type=int, default=8192, help="of one pool (default: %(default)s)")
+    parser.add_argument(
+        "--against", type=Path, help="judge it by a real run instead: a load test's folder, or its rows"
+    )
+    parser.add_argument("--check", action="store_true", help="judge the simulation itself instead, by what is known")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.check:
+            return _judge(check())
+        if arguments.against:
+            return _judge(compare(read_replay(arguments.against)))
         plan = load_plan(arguments.config)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"simulation: {error}\n")
@@ -122,6 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_jobs = found[0].served.num_jobs if found else 0
     sys.stdout.write(f"Simulated {num_jobs} jobs a run in {time.perf_counter() - began:.1f} s in all.\n")
     return 0 if met else 1
+
+
+def _judge(figures: Iterable[verdicts.Figure]) -> int:
+    lines = list(figures)
+    sys.stdout.write(verdicts.table(lines))
+    return 0 if all(one.is_met for one in lines) else 1
 
 
 def _answer(plan: Plan, pool: Pool, how: str, gangs: int, served: Served) -> Answer:

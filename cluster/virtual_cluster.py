@@ -1,7 +1,8 @@
 """The service under virtual time: a dispatcher and gangs that know no tensors, driven by ``serve.policy``.
 
 What the policy decides is decided here by the same functions; what takes time (a step, a text embedding,
-a change of strength) takes it by the clock of an ``EventLoop``. Text encoder and VAE have no queues.
+a change of strength) takes it by the clock of an ``EventLoop``. The text encoder
+has no queue, and the VAE only where that is asked for.
 """
 
 from collections import deque
@@ -41,6 +42,9 @@ class Ask:
     num_tokens: int = 0
     slowness: float = 1.0
     """What a step really takes, by what is predicted."""
+    prepare_s: float | None = None
+    decode_s: float | None = None
+    """None: as long as everybody's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,8 @@ class Times:
     """Writing the checkpoint of a job that leaves its gang with steps done."""
     poll_s: float = 0.1
     """Between two looks at the queue."""
+    crowded: float = 1.0
+    """What everything takes longer that begins while another job is in hand: stages that share processors."""
     arrange_s: float = 0.0
     """From a gang's turning to another job to a look at who could follow; a ready job causes one at once."""
 
@@ -168,6 +174,7 @@ class VirtualCluster:
         share_tokens: see ``next_step``.
         is_coarse: take all steps as one event that nothing can come between; the times of deliveries are coarse then.
         checkpoint_every: steps of which a job loses those after the last checkpoint when its gang fails.
+        num_decoders: jobs that are decoded at once, in the order in which they come; None: as many as there are.
         on_end: told of every job that has ended.
 
     Attributes:
@@ -189,6 +196,7 @@ class VirtualCluster:
         share_tokens: int = 0,
         is_coarse: bool = False,
         checkpoint_every: int = 10,
+        num_decoders: int | None = None,
         on_end: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self.records: dict[str, Record] = {}
@@ -202,6 +210,7 @@ class VirtualCluster:
         self._share_tokens = share_tokens
         self._is_coarse = is_coarse and not share_tokens
         self._checkpoint_every = checkpoint_every
+        self._num_decoders = num_decoders
         self._on_end = on_end
         self._gangs = {str(number): _Gang(str(number)) for number in range(num_gangs)}
         self._num_made = num_gangs
@@ -218,6 +227,8 @@ class VirtualCluster:
         self._ready: dict[str, _Job] = {}
         self._standings: dict[str, Standing] = {}
         self._on_gangs: dict[tuple[str, bool], float] = {}
+        self._to_decode: deque[_Job] = deque()
+        self._num_decoding = 0
         self._clock = 0.0
         self._furthest = 0.0
         """No running job has come further than this."""
@@ -322,7 +333,8 @@ class VirtualCluster:
             self._queued[job.ask.tenant, job.ask.priority].remove(job)
             self._claimed[job.ask.id] = self._ahead[job.ask.id] = job
             self._may_claim = True
-            self._loop.after(self._times.prepare_s, partial(self._prepared, job))
+            seconds = self._times.prepare_s if job.ask.prepare_s is None else job.ask.prepare_s
+            self._loop.after(seconds * self._pace, partial(self._prepared, job))
         if self._claimed or any(self._queued.values()):
             self._loop.after(self._times.poll_s, self._poll)
         else:
@@ -584,7 +596,7 @@ class VirtualCluster:
         assert resident is not None
         gang.progress, gang.ends_at = resident.virtual_time, self._loop.now + resident.cost
         gang.pace = resident.claim.step_cost / resident.claim.weight
-        gang.step_s = max(job.ask.step_s * job.ask.slowness for job in stepping) * len(stepping)
+        gang.step_s = max(job.ask.step_s * job.ask.slowness for job in stepping) * len(stepping) * self._pace
         gang.began_at = self._loop.now
         if stepping[0].ask.lora != gang.lora:
             gang.lora = stepping[0].ask.lora
@@ -685,9 +697,26 @@ class VirtualCluster:
         self._num_unfinished -= 1
         self._whole_s -= job.ask.num_steps * job.ask.step_s
         self._remove(job, gang)
-        self._loop.after(self._times.decode_s, partial(self._ended, job))
+        self._to_decode.append(job)
+        self._decode()
+
+    # The VAE.
+
+    def _decode(self) -> None:
+        while self._to_decode and (self._num_decoders is None or self._num_decoding < self._num_decoders):
+            job = self._to_decode.popleft()
+            self._num_decoding += 1
+            seconds = self._times.decode_s if job.ask.decode_s is None else job.ask.decode_s
+            self._loop.after(seconds * self._pace, partial(self._ended, job))
+
+    @property
+    def _pace(self) -> float:
+        """By which what begins now takes longer than measured alone."""
+        return self._times.crowded if len(self._claimed) > 1 else 1.0
 
     def _ended(self, job: _Job) -> None:
+        self._num_decoding -= 1
+        self._decode()
         job.record.ended_at = self._loop.now
         del self._claimed[job.ask.id]
         self._may_claim = True

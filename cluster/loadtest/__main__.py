@@ -81,6 +81,7 @@ def _plan(options: argparse.Namespace, workload: Workload, slo: Slo | None) -> I
         rates=options.rates,
         sweep_jobs=options.sweep_jobs,
         kill_at=options.kill_rank_at,
+        alone=options.alone,
         rounds=options.saturation,
         round_jobs=options.saturation_jobs,
         metrics_url=options.metrics_url,
@@ -124,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-jobs", "--num-prompts", type=int, help="instead of the workload's")
     parser.add_argument("--rates", type=_rates, default=(), help="sweep before the run, such as 0.5,1,2")
     parser.add_argument("--sweep-jobs", type=int, default=40, help="for each of the sweep's rates")
+    parser.add_argument(
+        "--alone", type=int, default=0, metavar="JOBS", help="of each class, before: for simulation --against"
+    )
     parser.add_argument("--job-timeout", type=float, default=600.0, help="seconds after the last arrival")
     remote = parser.add_argument_group("any service")
     remote.add_argument("--url", help="of the service; without it, one is started here")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import httpx
@@ -56,13 +56,15 @@ class _InHand:
     """On their way: they are not cut off, since nobody would know of the job then."""
 
 
-async def drive(target: Target, run: Run, began: float) -> list[Row]:
+async def drive(target: Target, run: Run, began: float, at_once: int | None = None) -> list[Row]:
     """Send every job when it is due and wait for all ends.
 
     Args:
         target: of the load.
         run: to be sent.
         began: the instant of ``time.monotonic`` from which the arrivals count.
+        at_once: so many jobs at a time, each due when one before it has ended (a closed loop, which measures service
+            and not load); None: whatever has not ended, as the arrivals say.
     """
     in_hand = _InHand()
     deadline = began + run.arrivals[-1].at + run.job_timeout_s
@@ -70,12 +72,16 @@ async def drive(target: Target, run: Run, began: float) -> list[Row]:
         clients = {
             tenant: await stack.enter_async_context(client(target.url, key)) for tenant, key in target.keys.items()
         }
+        places = asyncio.Semaphore(at_once or len(run.arrivals))
+
+        async def one(arrival: Arrival, sent: Form) -> Row:
+            async with places:
+                due = arrival if at_once is None else replace(arrival, at=time.monotonic() - began)
+                return await _one(clients[due.tenant], run, due, sent, began, deadline, in_hand)
+
         try:
             return await asyncio.gather(
-                *(
-                    _one(clients[arrival.tenant], run, arrival, sent, began, deadline, in_hand)
-                    for arrival, sent in zip(run.arrivals, run.forms, strict=True)
-                )
+                *(one(arrival, sent) for arrival, sent in zip(run.arrivals, run.forms, strict=True))
             )
         except asyncio.CancelledError:
             await _cancel(in_hand)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+ALONE, TOGETHER = "alone", "together"
+"""Runs of single jobs, and of two at a time, that measure the service: ``jobs-alone.jsonl``."""
 Outcome = Literal["completed", "failed", "cancelled", "rejected", "error", "timeout"]
 """``rejected``: refused for load (429). ``error``: no job was made otherwise. ``timeout``: its end was not seen."""
 

@@ -18,13 +18,13 @@ from cluster.loadtest.knee import Point, knee
 from cluster.loadtest.orders import forms
 from cluster.loadtest.prometheus import Scrape, scrape, scrape_after
 from cluster.loadtest.report import Report
-from cluster.loadtest.rows import Row, write_rows
+from cluster.loadtest.rows import ALONE, TOGETHER, Row, write_rows
 from cluster.loadtest.saturation import Generation, Round, measure, overall_ratio
 from cluster.loadtest.schedule import Arrival, schedule, write_schedule
 from cluster.loadtest.slo import Slo
 from cluster.loadtest.summary import point, summarise
 from cluster.loadtest.verdict import verdict
-from cluster.loadtest.workload import Workload
+from cluster.loadtest.workload import Workload, write_workload
 from cluster.orders import served_model
 
 SETTLE_S = 3.0
@@ -59,6 +59,8 @@ class Plan:
     """First process of a service of our own."""
     metrics_url: str | None = None
     ranks_per_gang: int | None = None
+    alone: int = 0
+    """Jobs of each class to measure the service by, with nothing else to do: what a simulation of the run is fed."""
     rounds: int = 0
     """Against a plain loop, at saturation; only where ``pid`` is known."""
     round_jobs: int = 4
@@ -76,6 +78,8 @@ def perform(plan: Plan) -> tuple[Report, list[Row]]:
     arrivals = schedule(workload, workload.request_rate, workload.num_jobs, plan.trace)
     write_schedule(plan.folder / "schedule.jsonl", arrivals)
     _warm_up(plan)
+    write_workload(plan.folder / "workload.yaml", workload)
+    _measure_alone(plan)
     points = list(_swept(plan))
     say(f"{len(arrivals)} jobs within {arrivals[-1].at:.0f} s ...")
     before, used, since = _scraped(plan), read_usage(target), time.time()
@@ -122,6 +126,19 @@ def _warm_up(plan: Plan) -> None:
             raise UnusableError(f"a warm-up job of class {one.job_class}: {one.outcome} ({one.code})")
 
 
+def _measure_alone(plan: Plan) -> None:
+    """Every class alone, and then two jobs at a time, which is what sharing processors costs."""
+    tenant = next(iter(plan.workload.tenants))
+    arrivals = [
+        Arrival(number=number, at=0.0, tenant=tenant, job_class=name, seed=number)
+        for number, name in enumerate(list(plan.workload.classes) * plan.alone)
+    ]
+    for part, at_once in ((ALONE, 1), (TOGETHER, 2)) if arrivals else ():
+        say(f"{len(arrivals)} jobs {part} ...")
+        rows, _ = asyncio.run(_driven(plan, part, arrivals, at_once=at_once))
+        write_rows(plan.folder / f"jobs-{part}.jsonl", rows)
+
+
 def _swept(plan: Plan) -> Iterator[Point]:
     for rate in plan.rates:
         arrivals = schedule(plan.workload, rate, plan.sweep_jobs, plan.trace)
@@ -136,7 +153,7 @@ def _swept(plan: Plan) -> Iterator[Point]:
 
 
 async def _driven(
-    plan: Plan, part: str, arrivals: Sequence[Arrival], kill_at: Sequence[float] = ()
+    plan: Plan, part: str, arrivals: Sequence[Arrival], kill_at: Sequence[float] = (), at_once: int | None = None
 ) -> tuple[list[Row], list[Struck]]:
     name = f"{plan.name}-{part}"
     run = Run(
@@ -149,7 +166,7 @@ async def _driven(
     began = time.monotonic() + LEAD_S
     async with asyncio.TaskGroup() as group:
         strikes = [] if plan.pid is None else [group.create_task(kill_rank(plan.pid, at, began)) for at in kill_at]
-        rows = group.create_task(drive(plan.target, run, began))
+        rows = group.create_task(drive(plan.target, run, began, at_once))
     return rows.result(), [one.result() for one in strikes]
 
 

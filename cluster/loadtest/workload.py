@@ -1,9 +1,11 @@
 """Who asks for what, and how often: a YAML file as a value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import yaml
 
 from cluster.loadtest.settings import SettingsError, made, mapping, read_yaml, require
 
@@ -98,6 +100,12 @@ class Workload:
         """What a tenant asks for, by class."""
         own = self.tenants[tenant].classes
         return dict(own) if own else {name: one.share for name, one in self.classes.items()}
+
+
+def write_workload(path: Path, workload: Workload) -> None:
+    """Keep a workload beside the schedule that was made of it, as one that sends the same schedule again."""
+    kept = asdict(replace(workload, arrivals=Arrivals(process="trace", trace="schedule.jsonl")))
+    path.write_text(yaml.safe_dump(kept, sort_keys=False))
 
 
 def read_workload(path: Path, changes: Mapping[str, Any] | None = None) -> Workload:

@@ -1,10 +1,6 @@
 """The capacity simulation: against what is known in closed form, in size, and as it is called."""
 
-import logging
-import math
 import random
-import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +8,12 @@ import pytest
 
 import configs
 from cluster.autoscaling import Settings
-from cluster.capacity_plan import JobClass, Plan, Pool, Stages, Tenant, load_plan
+from cluster.capacity_plan import JobClass, Plan, Pool, Stages, Tenant
 from cluster.event_loop import EventLoop
 from cluster.simulated_pool import serve
 from cluster.simulation import fewest, main
+from cluster.simulation_check import QUEUES, TOLERANCE, erlang_c_latency, queue_ratio
 from cluster.virtual_cluster import Ask, Times, VirtualCluster
-
-logger = logging.getLogger(__name__)
 
 EXAMPLE = Path(next(iter(configs.__path__))) / "simulation" / "example.yaml"
 
@@ -37,30 +32,13 @@ def pool(**changes):
     return Pool(**{"name": "p", "gpus_per_gang": 4, "dollars_per_gpu_hour": 2.0, "forward_s": {"small": 3.0}} | changes)
 
 
-def erlang_c_latency(servers, load, service_s):
-    """Mean time in an M/M/c system."""
-    offered = servers * load
-    top = offered**servers / math.factorial(servers) / (1 - load)
-    waits = top / (sum(offered**k / math.factorial(k) for k in range(servers)) + top)
-    return service_s * (1 + waits / (servers * (1 - load)))
-
-
-@pytest.mark.parametrize(("servers", "load"), [(4, 0.6), (16, 0.75)])
+@pytest.mark.parametrize(("servers", "load"), QUEUES)
 def test_mean_latency_is_that_of_m_m_c(servers, load):
-    service_s, num_jobs, rng = 60.0, 15_000, random.Random(5)
-    loop = EventLoop()
-    cluster = VirtualCluster(loop, {}, servers, Times(poll_s=1.0), window=64, is_coarse=True)
-    at = expected_s = 0.0
-    for number in range(num_jobs):
-        at += rng.expovariate(servers * load / service_s)
-        seconds = rng.expovariate(1 / service_s)
-        expected_s += seconds / num_jobs
-        loop.at(at, partial(cluster.ask, Ask(id=f"{number:06d}", tenant="a", num_steps=1, step_s=seconds)))
-    loop.run()
-    latencies = [one.ended_at - one.asked_at for one in cluster.records.values()]
-    # The closed form at the mean service time and rate that were drawn.
-    known = erlang_c_latency(servers, expected_s * num_jobs / at / servers, expected_s)
-    assert sum(latencies) / num_jobs == pytest.approx(known, rel=0.02)
+    assert queue_ratio(servers, load) == pytest.approx(1.0, rel=TOLERANCE)
+
+
+def test_the_closed_form_of_one_server_is_the_textbook_one():
+    assert erlang_c_latency(1, 0.5, 10.0) == pytest.approx(20.0)
 
 
 def test_coarse_steps_give_the_latencies_of_single_ones():
@@ -153,20 +131,6 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, capsys, change):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_8192_gpus_and_200_000_jobs_within_a_minute():
-    gpus, per_gang, num_jobs, load = 8192, 8, 200_000, 0.85
-    gangs = gpus // per_gang
-    asked = replace(
-        load_plan(EXAMPLE), hours=num_jobs * 30.0 / (load * gangs * 3600), jobs_per_hour=load * gangs * 120.0,
-        swing=0.0, burst_jobs=0, classes=(JobClass(name="usual", share=1.0, shape="small", steps=10),),
-    )  # fmt: skip
-    one = pool(gpus_per_gang=per_gang, cold_start_s=240.0, gpu_hours_between_failures=50_000.0)
-    arrivals = list(asked.arrivals())
-    began, began_cpu = time.perf_counter(), time.process_time()
-    served = serve(asked, one, gangs, arrivals=arrivals)
-    wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
-    assert len(arrivals) == pytest.approx(num_jobs, rel=0.02)
-    assert served.num_unfinished == 0
-    logger.info("%d jobs on %d GPUs: %.1f s, %.1f s of processor time", len(arrivals), gpus, wall_s, cpu_s)
-    # Of processor time, so that a busy machine does not decide.
-    assert cpu_s < 60
+def test_the_check_prints_its_figures_8192_gpus_and_200_000_jobs_within_a_minute_among_them(capsys):
+    assert main(["--check"]) == 0
+    assert "| 8,192 GPUs | jobs that ended | 200000 | 200000 | ok |" in capsys.readouterr().out
