@@ -20,7 +20,7 @@ from cluster.service_cost import plain_loop
 class Generation:
     """Text to video, with the model's own settings for the rest."""
 
-    size: str = "288x192"
+    size: str = "192x128"
     num_frames: int = 33
     num_inference_steps: int = 20
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import uvicorn
@@ -14,7 +15,8 @@ from cluster.loadtest import __main__ as loadtest
 from cluster.loadtest.drive import Run, Target, drive
 from cluster.loadtest.orders import forms
 from cluster.loadtest.rows import read_rows
-from cluster.loadtest.schedule import Arrival, schedule
+from cluster.loadtest.schedule import Arrival, read_trace, schedule
+from cluster.loadtest.summary import peak_in_flight
 from cluster.loadtest.workload import read_workload
 from serve.config import ServeConfig
 from serve.http.api import create_api
@@ -74,6 +76,10 @@ def environment(monkeypatch):
     return put
 
 
+def in_order(path):
+    return sorted(read_rows(path), key=lambda one: one.intended_s)
+
+
 def run(url, folder, *arguments):
     return loadtest.main(["--url", url, "--out", str(folder / "out"), "--request-rate", "20", *arguments])
 
@@ -91,6 +97,8 @@ def test_a_run_against_a_url_is_reported_with_every_job_once(tmp_path, environme
             tmp_path,
             "--num-jobs",
             "24",
+            "--alone",
+            "2",
             "--rates",
             "10,20,30",
             "--sweep-jobs",
@@ -111,6 +119,16 @@ def test_a_run_against_a_url_is_reported_with_every_job_once(tmp_path, environme
     assert "met" in (tmp_path / "out/report.md").read_text()
     assert len((tmp_path / "out/schedule.jsonl").read_text().splitlines()) == 24
     assert (tmp_path / "out/knee.png").exists()
+    alone, together = (in_order(tmp_path / f"out/jobs-{part}.jsonl") for part in ("alone", "together"))
+    assert len(alone) == len(together) == 2 * len(read_workload(workload).classes)
+    assert all(former.ended_s <= later.intended_s for former, later in pairwise(alone))
+    assert peak_in_flight(together) == 2
+    kept = tmp_path / "out/workload.yaml"
+    again = read_workload(kept)
+    trace = read_trace(kept.parent / again.arrivals.trace, again)
+    assert [one.seed for one in schedule(again, again.request_rate, again.num_jobs, trace)] == [
+        one.seed for one in trace
+    ]
 
 
 def test_what_is_refused_for_load_is_a_reject_and_no_error(tmp_path):
