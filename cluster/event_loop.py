@@ -5,6 +5,8 @@ from heapq import heappop, heappush
 from itertools import count
 from math import inf
 
+MAX_AT_ONCE = 100_000
+
 
 class EventLoop:
     """Calls actions in the order of their times; those of the same time in the order they were asked for.
@@ -32,7 +34,16 @@ class EventLoop:
         self.at(self.now + seconds, action)
 
     def run(self, until: float = inf) -> None:
-        """Go on until no event is left, or the next lies after ``until``."""
+        """Go on until no event is left, or the next lies after ``until``.
+
+        Raises:
+            RuntimeError: time stands still, because events cause each other without end.
+        """
+        num_at_once = 0
         while self._events and self._events[0][0] <= until:
-            self.now, _, action = heappop(self._events)
+            when, _, action = heappop(self._events)
+            num_at_once = num_at_once + 1 if when == self.now else 0
+            if num_at_once > MAX_AT_ONCE:
+                raise RuntimeError(f"more than {MAX_AT_ONCE} events at {when} s, the last of them {action}")
+            self.now = when
             action()

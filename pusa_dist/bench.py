@@ -2,14 +2,15 @@
 
 On a CPU: our forward against diffusers' own, which is given a timestep per token, with the same
 weights, interleaved. At full size: a trace on meta tensors, whose floating-point operations must be
-the model's and nothing more, and which must never make a tensor of modulation per token.
+the model's and nothing more, and which must never make a tensor of modulation per token. What a checkpoint
+costs at full size is held against the least time that its steps can take.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from pusa_dist.config import TransformerConfig, load_model_config
+from pusa_dist.config import ParallelConfig, TransformerConfig, load_model_config
 from pusa_dist.errors import ConfigError
 from pusa_dist.geometry import PATCH, latent_shape
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
+from pusa_dist.request import RequestParams, resolve_request
+from pusa_dist.state import GenerationState
 from pusa_dist.trace import meta_transformer, trace_forward
 
 Write = Callable[[str], None]
@@ -43,6 +46,12 @@ FULL_MODEL = "pusa-v1-14b"
 FULL_SIZES = {"480p": (480, 832, 1678.0), "720p": (720, 1280, 6523.0)}
 """Height, width and TFLOP of one forward over 81 frames."""
 MAX_FLOP_DEVIATION = 1e-3
+
+CHECKPOINT_EVERY = 10
+"""``checkpoint_every`` of a denoiser unless it is configured."""
+FASTEST_GANG_TFLOPS = 8 * 989.0
+"""Dense bf16 peak of eight H200 (data sheet): no gang of them makes a step in less than its operations take at that."""
+MAX_CHECKPOINT_COST = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ def run(write: Write, *, rounds: int = 15, json_path: Path | None = None) -> int
     Raises:
         ConfigError: too few rounds.
     """
-    rows = [*speed_rows(rounds), *trace_rows()]
+    rows = [*speed_rows(rounds), *trace_rows(), *checkpoint_rows(rounds)]
     write("| measurement | measured | required | verdict |")
     write("|---|---|---|---|")
     for row in rows:
@@ -129,6 +138,41 @@ def trace_rows() -> list[Row]:
             ),
         ]
     return rows
+
+
+def checkpoint_rows(rounds: int) -> list[Row]:
+    """Seconds that go into a checkpoint of a full-size generation, as a part of the steps between two of them.
+
+    An upper bound of what it delays them by: a rank makes it on another thread than its steps.
+    """
+    rows = []
+    for name, (height, width, tflop) in FULL_SIZES.items():
+        state = full_size_state(height, width)
+        (seconds,) = fastest([state.to_bytes], rounds)
+        least_s = CHECKPOINT_EVERY * 2 * tflop / FASTEST_GANG_TFLOPS
+        what = f"checkpoint of {len(state.to_bytes()) / 2**20:.3g} MiB"
+        share = seconds / least_s
+        rows += [
+            Row(f"{FULL_MODEL} {name}, {what}", seconds * 1e3, "ms", f"minimum of {rounds}", True),
+            Row(
+                f"{FULL_MODEL} {name}, one every {CHECKPOINT_EVERY} steps, of their time on eight H200 at peak",
+                share * 100,
+                "%",
+                f"below {MAX_CHECKPOINT_COST:.0%}",
+                share < MAX_CHECKPOINT_COST,
+            ),
+        ]
+    return rows
+
+
+def full_size_state(height: int, width: int) -> GenerationState:
+    """A generation of 81 frames with guidance, as it is after its first step."""
+    model = load_model_config(FULL_MODEL)
+    params = RequestParams(prompt="a prompt", seed=0, num_frames=81, height=height, width=width, num_inference_steps=50)
+    request = resolve_request(params, (), model)
+    context = torch.zeros(model.text_encoder.max_tokens, model.text_encoder.d_model, dtype=torch.bfloat16)
+    state = GenerationState.start(request, model, "bf16", ParallelConfig(), context, context, None)
+    return replace(state, step=1, latents=state.latents.float())
 
 
 def forward_pair(

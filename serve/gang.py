@@ -341,6 +341,7 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         max_restarts=0,
         max_task_retries=0,
         concurrency_groups={"ping": 1, "state": 2},
+        enable_task_events=False,  # a record of every step would be all that the memory of Ray's head is full of
         scheduling_strategy=strategy,
     )
     return make_actor(Rank)

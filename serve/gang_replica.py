@@ -112,7 +112,14 @@ class DenoiserReplica:
         strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0)
         self._coordinator = (
             remote(Coordinator)
-            .options(name=self._name, namespace=NAMESPACE, num_cpus=0, max_restarts=0, scheduling_strategy=strategy)
+            .options(
+                name=self._name,
+                namespace=NAMESPACE,
+                num_cpus=0,
+                max_restarts=0,
+                scheduling_strategy=strategy,
+                enable_task_events=False,  # as of the ranks: it is asked for its health every second
+            )
             .remote(config, make_worker, artifacts_url, placement, logs)
         )
         self.pids = list(ray.get(self._coordinator.start.remote()))

@@ -10,7 +10,7 @@ from cluster.orders import Frames, Order, clip, png
 TENANTS = ("amber", "birch", "cedar")
 NUM_JOBS = 20
 CLIP_FRAMES = 17
-_SIZES = (((256, 176), 33), ((224, 160), 49), ((288, 192), 33), ((176, 144), 65))
+_SIZES = (((320, 208), 33), ((256, 192), 49), ((352, 240), 33), ((208, 176), 65))
 _STEPS = (50, 42, 46, 38)
 
 

@@ -153,6 +153,8 @@ class _Board:
         self.made: list[Order] = []
         self._num_emptying = num_emptying
         self._switch_s = switch_s
+        self._promised = set[str]()
+        """Tenants with a job whose place is being made: one of theirs that came in before it would put it behind."""
         self._furthest = sorted(busy, key=lambda room: precedence(room.running))
         self._batch: dict[str, list[_Room]] = {}
         for room in self._furthest:
@@ -173,11 +175,15 @@ class _Board:
 
     def interrupts(self, job: Resident) -> bool:
         """Give a job to a gang whose running job it may interrupt; False: there is none."""
+        if job.claim.tenant in self._promised:
+            return False
         own = self._batch.get(job.claim.tenant, []) if job.claim.is_urgent else []
         return self._interrupt(job, own) or self._interrupt(job, self._furthest)
 
     def follows(self, job: Resident) -> None:
         """Give a job to a gang for when its running job has ended; it may have to wait for a place."""
+        if job.claim.tenant in self._promised:
+            return
         if not (self._overtake(job) or self._follow(job)):
             self._replace(job)
 
@@ -202,11 +208,14 @@ class _Board:
         if len(room.waiting) < places and room.fits(job):
             self._enter(job, room, wait=len(room.waiting) + room.num_leaving >= places)
             return True
-        if not room.waiting:
-            return False
-        last = max(room.waiting, key=lambda one: (not self._is_interrupting(one, room), *precedence(one)))
+        # Beside those that hold a place one more may wait, which makes room for nobody by itself.
+        going = sorted(room.waiting, key=lambda one: (not self._is_interrupting(one, room), *precedence(one)))
+        going = going[min(places, len(going)) - 1 :]
         # One that only follows loses nothing by following later.
-        return self._displace(job, last, room, at_any_rate=not self._is_interrupting(last, room))
+        if not going or (self._is_interrupting(going[0], room) and precedence(going[0]) <= precedence(job)):
+            return False
+        self._displace(going, job, room)
+        return True
 
     def _is_interrupting(self, job: Resident, room: _Room) -> bool:
         return preempts(job, room.running, self._switch_s)
@@ -258,23 +267,25 @@ class _Board:
             if last not in room.waiting:
                 self._last.pop()
                 continue
-            self._displace(job, last, room, at_any_rate=False)
+            if precedence(last) > precedence(job):
+                self._displace([last], job, room)
             return
 
     def _enter(self, job: Resident, room: _Room, *, wait: bool) -> None:
         if wait:
-            room.is_spoken_for = True
+            self._promise(job, room)
             return
         room.waiting.append(job)
         self.made.append(Place(job.job_id, room.gang.name))
 
-    def _displace(self, job: Resident, last: Resident, room: _Room, *, at_any_rate: bool) -> bool:
-        if precedence(last) <= precedence(job) and not at_any_rate:
-            return False
-        room.waiting.remove(last)
+    def _displace(self, going: Sequence[Resident], job: Resident, room: _Room) -> None:
+        room.waiting = [one for one in room.waiting if one not in going]
+        self.made += [Release(one.job_id, room.gang.name) for one in going]
+        self._promise(job, room)
+
+    def _promise(self, job: Resident, room: _Room) -> None:
         room.is_spoken_for = True
-        self.made.append(Release(last.job_id, room.gang.name))
-        return True
+        self._promised.add(job.claim.tenant)
 
 
 def _take_over(busy: Iterable[_Room], num_idle: int) -> list[Order]:

@@ -107,6 +107,10 @@ def test_no_gang_is_idle_while_a_prepared_job_waits(jobs, num_gangs, max_residen
 )
 @example(shape=[(1.0, 8, 4.0), (1.0, 1, 0.5)], num_gangs=1)
 @example(shape=[(4.0, 1, 0.5), (0.25, 8, 4.0)], num_gangs=1)
+# Two that once had a job come and go for ever: in a place beside the one it was to make room for, and behind
+# another of its tenant that was placed while room was made.
+@example(shape=[(4.0, 4, 0.5), (0.5, 3, 1.25), (2.5, 5, 2.0), (0.5, 8, 0.5)], num_gangs=2)
+@example(shape=[(0.25, 3, 2.0), (0.5, 7, 1.0), (1.0, 6, 1.4), (1.17, 1, 3.54)], num_gangs=2)
 def test_delivered_cost_by_weight_stays_within_a_job_of_each_tenant_under_backlog(shape, num_gangs):
     """On one gang; on several, within the jobs that are in service (SFQ(D))."""
     loop = EventLoop()

@@ -38,6 +38,7 @@ def test_fewer_than_five_rounds_are_refused():
 def test_the_table_says_what_was_missed_and_the_exit_status_too(monkeypatch, tmp_path, is_good, status, word):
     monkeypatch.setattr(bench, "speed_rows", lambda rounds: [bench.Row("ratio", 1.5, "", "at least 1.2", is_good)])
     monkeypatch.setattr(bench, "trace_rows", lambda: [bench.Row("flops", 2.0, "TFLOP", "2", True)])
+    monkeypatch.setattr(bench, "checkpoint_rows", lambda rounds: [])
     lines = []
     path = tmp_path / "bench.json"
     assert bench.run(lines.append, json_path=path) == status
@@ -56,3 +57,11 @@ def test_a_per_token_forward_of_the_full_model_would_miss_the_trace(monkeypatch)
     )
     rows = bench.trace_rows()
     assert [row.is_good for row in rows] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("seconds", "is_good"), [(0.08, True), (0.09, False)])
+def test_a_checkpoint_may_take_a_fiftieth_of_the_steps_between_two(monkeypatch, seconds, is_good):
+    monkeypatch.setattr(bench, "fastest", lambda calls, rounds: [seconds])
+    size, cost, *_ = bench.checkpoint_rows(5)
+    assert "checkpoint of 16 MiB" in size.name
+    assert cost.is_good == is_good  # ten steps of 2 x 1678 TFLOP at 7912 TFLOP/s are 4.24 s
