@@ -9,16 +9,18 @@ PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 CRDS ?=
+LOAD ?= --slo configs/loadtest/debug-slo.yaml --alone 4 --rates 1,1.5,2,3 --sweep-jobs 25 --kill-rank-at 150 --saturation 2
+WORKLOAD ?= configs/simulation/example.yaml
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos manifests lock
+.PHONY: help setup demo serve test test-all lint fmt parity bench fairness memory storm quality chaos loadtest manifests simulate lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,traces,dev]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[serve,postgres,s3,traces,loadtest,dev]'
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/openai-2 openai==2.54.0 distro
 	touch $@
 
@@ -68,8 +70,15 @@ quality: $(STAMP)  ## the small model, alone and adapted, measured through the s
 chaos: $(STAMP)  ## kill every kind of process under 20 jobs of three tenants; nothing may be lost or left behind
 	$(BIN)/python -m cluster.chaos
 
+loadtest: $(STAMP)  ## open-loop load with a rank killed, a sweep and a report: make loadtest LOAD='--url URL --slo FILE'
+	$(BIN)/python -m cluster.loadtest $(LOAD)
+
 manifests: $(STAMP)  ## render and check every Kubernetes overlay: make manifests CRDS=folder of KubeRay's CRD schemas
 	$(BIN)/python -m cluster.manifests $(if $(CRDS),--crds $(CRDS))
+
+simulate: $(STAMP)  ## how many GPUs of which pool a workload needs, and what they cost: make simulate WORKLOAD=file
+	$(BIN)/python -m cluster.simulation --check
+	$(BIN)/python -m cluster.simulation --config $(WORKLOAD)
 
 lock: $(STAMP)  ## write what is installed to .ci/constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/^torch==\([0-9.]*\)+cpu/torch==\1/" > .ci/constraints.txt

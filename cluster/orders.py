@@ -44,6 +44,16 @@ class Order:
     """Go on where the one uploaded clip ends; the service places its frames itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """An order as a multipart request."""
+
+    route: str
+    fields: Mapping[str, str]
+    files: Sequence[tuple[str, tuple[str, bytes, str]]]
+    """Of each: the part's name, and the file's name, bytes and type."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Video:
     """A finished job."""
@@ -115,13 +125,18 @@ def submit(client: httpx.Client, order: Order, headers: Mapping[str, str] | None
     Raises:
         RuntimeError: the service refused.
     """
+    sent = form(order)
+    return _checked(client.post(sent.route, data=dict(sent.fields), files=list(sent.files) or None, headers=headers))
+
+
+def form(order: Order) -> Form:
+    """What is sent for an order, by whichever client."""
     pusa: dict[str, Any] = {"seed": order.seed, **order.settings}
     if order.conditioning:
         pusa["conditioning"] = list(order.conditioning)
     fields = {"prompt": order.prompt, "pusa": json.dumps(pusa)} | ({"size": order.size} if order.size else {})
     route, media = ("/v1/videos/extensions", "video") if order.extends else ("/v1/videos", "input_reference[]")
-    uploads = [(media, (one.name, one.data, one.content_type)) for one in order.uploads]
-    return _checked(client.post(route, data=fields, files=uploads or None, headers=headers))
+    return Form(route, fields, [(media, (one.name, one.data, one.content_type)) for one in order.uploads])
 
 
 def download(client: httpx.Client, video_id: str, variant: str) -> bytes:

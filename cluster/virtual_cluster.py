@@ -1,7 +1,8 @@
 """The service under virtual time: a dispatcher and gangs that know no tensors, driven by ``serve.policy``.
 
 What the policy decides is decided here by the same functions; what takes time (a step, a text embedding,
-a change of strength) takes it by the clock of an ``EventLoop``. Text encoder and VAE have no queues.
+a change of strength) takes it by the clock of an ``EventLoop``. The text encoder
+has no queue, and the VAE only where that is asked for.
 """
 
 from collections import deque
@@ -12,8 +13,9 @@ from heapq import nlargest, nsmallest
 from itertools import islice
 from math import inf
 
-from cluster.simulation import EventLoop
+from cluster.event_loop import EventLoop
 from serve.policy.admission import Held, Queued, claims
+from serve.policy.demand import Demand
 from serve.policy.fairness import InHand, Standing, Turn, Waiting, idle_clock, in_order, virtual_clock
 from serve.policy.placement import Gang, Place, orders
 from serve.policy.priority import Priority, is_urgent
@@ -40,6 +42,9 @@ class Ask:
     num_tokens: int = 0
     slowness: float = 1.0
     """What a step really takes, by what is predicted."""
+    prepare_s: float | None = None
+    decode_s: float | None = None
+    """None: as long as everybody's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,8 @@ class Times:
     """Writing the checkpoint of a job that leaves its gang with steps done."""
     poll_s: float = 0.1
     """Between two looks at the queue."""
+    crowded: float = 1.0
+    """What everything takes longer that begins while another job is in hand: stages that share processors."""
     arrange_s: float = 0.0
     """From a gang's turning to another job to a look at who could follow; a ready job causes one at once."""
 
@@ -135,12 +142,20 @@ class _Gang:
     """Jobs whose step is under way."""
     lora: Hashable = None
     is_draining: bool = False
+    began_at: float = 0.0
+    """When the step under way began."""
+    step_s: float = 0.0
+    """What a step of those under way takes."""
+    uncharged: int = 0
+    """Steps under way: more than one if nothing that the gang holds can come between them."""
+    turn: int = 0
+    """Of the steps under way; the end of former ones means nothing any more."""
     progress: float = -inf
-    """Virtual time of the running job."""
-    left: float = 0.0
-    """Gang-seconds left of it."""
-    is_ending: bool = False
-    """It makes its last step."""
+    """Virtual time of the running job at ``began_at``."""
+    pace: float = 0.0
+    """By which it grows in a step."""
+    ends_at: float = 0.0
+    """When the running job will have made its last step, as predicted."""
     next_at: float = -inf
     """Virtual time of the job that waits for it to end."""
 
@@ -157,11 +172,15 @@ class VirtualCluster:
         window: prepared jobs ahead of the gangs; None: as many as gangs.
         max_running: by tenant, jobs claimed at once.
         share_tokens: see ``next_step``.
+        is_coarse: take all steps as one event that nothing can come between; the times of deliveries are coarse then.
+        checkpoint_every: steps of which a job loses those after the last checkpoint when its gang fails.
+        num_decoders: jobs that are decoded at once, in the order in which they come; None: as many as there are.
         on_end: told of every job that has ended.
 
     Attributes:
         records: by job id.
         delivered: (virtual seconds, tenant, gang-seconds) of every step.
+        busy_s: seconds that gangs spent on steps.
     """
 
     def __init__(
@@ -175,6 +194,9 @@ class VirtualCluster:
         window: int | None = None,
         max_running: Mapping[str, int | None] | None = None,
         share_tokens: int = 0,
+        is_coarse: bool = False,
+        checkpoint_every: int = 10,
+        num_decoders: int | None = None,
         on_end: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self.records: dict[str, Record] = {}
@@ -183,17 +205,30 @@ class VirtualCluster:
         self._weights = weights
         self._times = times
         self._max_resident = max_resident
-        self._window = num_gangs if window is None else window
+        self._window = window
         self._max_running = max_running or {}
         self._share_tokens = share_tokens
+        self._is_coarse = is_coarse and not share_tokens
+        self._checkpoint_every = checkpoint_every
+        self._num_decoders = num_decoders
         self._on_end = on_end
         self._gangs = {str(number): _Gang(str(number)) for number in range(num_gangs)}
+        self._num_made = num_gangs
+        self._num_shared = 0
+        """Gangs with more than one job."""
+        self._num_unfinished = 0
+        self._asked_s = self._delivered_s = self._whole_s = self.busy_s = 0.0
+        self._has_batch = False
+        # Seldom polls have to take many at once, or a few tenants could not keep a thousand gangs busy.
+        self._look_ahead = max(_LOOK_AHEAD, window or num_gangs) if is_coarse else _LOOK_AHEAD
         self._queued: dict[tuple[str, Priority], deque[_Job]] = {}
         self._claimed: dict[str, _Job] = {}
         self._ahead: dict[str, _Job] = {}
         self._ready: dict[str, _Job] = {}
         self._standings: dict[str, Standing] = {}
         self._on_gangs: dict[tuple[str, bool], float] = {}
+        self._to_decode: deque[_Job] = deque()
+        self._num_decoding = 0
         self._clock = 0.0
         self._furthest = 0.0
         """No running job has come further than this."""
@@ -215,15 +250,67 @@ class VirtualCluster:
         self._standings.setdefault(ask.tenant, Standing(weight=weight, virtual_time=0.0))
         self._queued.setdefault((ask.tenant, ask.priority), deque()).append(_Job(record, weight))
         self._may_claim = True
+        self._has_batch |= ask.priority == "batch"
+        cost = ask.num_steps * ask.step_s
+        self._num_unfinished += 1
+        self._asked_s += cost
+        self._whole_s += cost
         if not self._is_polling:
             self._is_polling = True
             self._loop.after(0.0, self._poll)
 
+    @property
+    def demand(self) -> Demand:
+        """As a dispatcher tells it; steps of a stretch count when somebody has looked at their gang."""
+        num_jobs = self._num_unfinished
+        return Demand(
+            num_jobs=num_jobs,
+            backlog_s=max(0.0, self._asked_s - self._delivered_s) if num_jobs else 0.0,
+            job_s=self._whole_s / num_jobs if num_jobs else 0.0,
+            asked_s=self._asked_s,
+        )
+
+    @property
+    def gangs(self) -> list[str]:
+        """Names of the gangs that are not told to go, the oldest first."""
+        return [gang.name for gang in self._gangs.values() if not gang.is_draining]
+
+    @property
+    def num_gangs(self) -> int:
+        """All of them, those that are on their way out, too."""
+        return len(self._gangs)
+
+    def add(self) -> str:
+        """A gang is ready; returns its name."""
+        name = str(self._num_made)
+        self._num_made += 1
+        gang = self._gangs[name] = _Gang(name)
+        self._look(gang)
+        self._place_soon()
+        return name
+
     def drain(self, gang: str) -> None:
         """A gang, named ``"0"`` and so on, is told to go: its jobs go on elsewhere."""
-        self._gangs[gang].is_draining = True
-        self._look(self._gangs[gang])
+        going = self._gangs[gang]
+        going.is_draining = True
+        self._cut(going)
+        self._look(going)
         self._place_soon()
+
+    def fail(self, gang: str) -> None:
+        """A gang is gone, and its jobs go on elsewhere from their last checkpoints."""
+        lost = self._gangs[gang]
+        self._sync(lost)
+        lost.turn += 1
+        lost.stepping = ()
+        lost.is_draining = True
+        for job in list(lost.jobs.values()):
+            self._remove(job, lost)
+            kept = job.step - job.step % self._checkpoint_every
+            self._delivered_s -= (job.step - kept) * job.ask.step_s
+            job.step = kept
+            self._wait(job)
+        self._forget(lost)
 
     @property
     def is_wasteful(self) -> bool:
@@ -246,7 +333,8 @@ class VirtualCluster:
             self._queued[job.ask.tenant, job.ask.priority].remove(job)
             self._claimed[job.ask.id] = self._ahead[job.ask.id] = job
             self._may_claim = True
-            self._loop.after(self._times.prepare_s, partial(self._prepared, job))
+            seconds = self._times.prepare_s if job.ask.prepare_s is None else job.ask.prepare_s
+            self._loop.after(seconds * self._pace, partial(self._prepared, job))
         if self._claimed or any(self._queued.values()):
             self._loop.after(self._times.poll_s, self._poll)
         else:
@@ -254,7 +342,7 @@ class VirtualCluster:
 
     def _claimable(self) -> list[_Job]:
         now = self._loop.now
-        shown = {job.ask.id: job for lane in self._queued.values() for job in islice(lane, _LOOK_AHEAD)}
+        shown = {job.ask.id: job for lane in self._queued.values() for job in islice(lane, self._look_ahead)}
         if not shown:
             return []
         ahead = (
@@ -275,7 +363,8 @@ class VirtualCluster:
             Held(tenant=job.ask.tenant, is_urgent=job.is_urgent(now), is_ahead=name in self._ahead)
             for name, job in self._claimed.items()
         )
-        return [shown[name] for name in claims(queued, held, window=self._window, max_running=self._max_running)]
+        window = self._window or max(1, len(self._gangs))
+        return [shown[name] for name in claims(queued, held, window=window, max_running=self._max_running)]
 
     def _in_hand(self) -> Iterable[InHand]:
         for (tenant, urgent), cost in self._on_gangs.items():
@@ -283,6 +372,8 @@ class VirtualCluster:
 
     def _renew_claims(self) -> None:
         """Batch jobs grow old on gangs, too."""
+        if not self._has_batch:
+            return
         for gang in self._gangs.values():
             for job in gang.jobs.values():
                 if job.resident is None or job.resident.claim.is_urgent or not job.is_urgent(self._loop.now):
@@ -291,8 +382,11 @@ class VirtualCluster:
                     key = job.ask.tenant, urgent
                     self._on_gangs[key] = self._on_gangs.get(key, 0.0) + cost
                 job.resident = replace(job.resident, claim=replace(job.resident.claim, is_urgent=True))
+                self._look_again(gang)
 
     def _advance_clock(self) -> None:
+        for gang in self._gangs.values():
+            self._sync(gang)
         running = [
             gang.jobs[name].resident for gang in self._gangs.values() for name in gang.stepping[:1] if name in gang.jobs
         ]
@@ -334,6 +428,8 @@ class VirtualCluster:
         turns = {turn.job_id: turn for turn in islice(self._turns(), most)}
         now = self._loop.now
         candidates = {name: self._ready[name].candidate(turn.virtual_time, now) for name, turn in turns.items()}
+        for gang in gangs:
+            self._sync(gang)
         views = [self._view(gang) for gang in gangs]
         for order in orders(views, list(candidates.values()), switch_s=self._times.switch_s):
             gang = self._gangs[order.gang]
@@ -346,6 +442,7 @@ class VirtualCluster:
                 self._enter(job, gang)
             elif order.job_id in gang.stepping:
                 gang.leaving.add(order.job_id)
+                self._cut(gang)
             else:
                 self._leave(gang.jobs[order.job_id], gang)
 
@@ -365,12 +462,12 @@ class VirtualCluster:
         if len(gangs) <= _FEW_GANGS:
             return gangs, None
         num_ready = len(self._ready)
-        if num_ready < len(self._idle) and any(len(gang.jobs) > 1 for gang in gangs):
+        if num_ready < len(self._idle) and self._num_shared:
             return gangs, None  # some may be taken over
         names = {**self._changed, **dict.fromkeys(islice(self._idle, num_ready))}
         if num_ready > len(self._idle):
             open_gangs = (self._gangs[name] for name in self._open)
-            names |= {gang.name: None for gang in nsmallest(num_ready, open_gangs, key=lambda gang: gang.left)}
+            names |= {gang.name: None for gang in nsmallest(num_ready, open_gangs, key=lambda gang: gang.ends_at)}
         starts = [
             start
             for job in (self._ready[name] for name in self._fresh)
@@ -378,10 +475,23 @@ class VirtualCluster:
         ]
         if starts:
             first, most = min(starts), 2 * len(starts) + 8
-            names |= {gang.name: None for gang in nlargest(most, gangs, key=lambda gang: gang.progress)}
-            ending = (gang.name for gang in gangs if gang.is_ending and gang.next_at > first)
+            names |= {gang.name: None for gang in nlargest(most, gangs, key=self._progress)}
+            ending = (gang.name for gang in gangs if gang.next_at > first and self._is_ending(gang))
             names |= dict.fromkeys(islice(ending, most))
         return [self._gangs[name] for name in names], len(names) + len(self._fresh)
+
+    def _progress(self, gang: _Gang) -> float:
+        if gang.uncharged <= 1:
+            return gang.progress
+        return gang.progress + (self._loop.now - gang.began_at) / gang.step_s * gang.pace
+
+    def _is_ending(self, gang: _Gang) -> bool:
+        """Whether it makes the last step of its running job."""
+        job = gang.jobs.get(gang.running or "")
+        if job is None or not gang.stepping:
+            return False
+        done = int((self._loop.now - gang.began_at) / gang.step_s) if gang.uncharged > 1 else 0
+        return job.ask.num_steps - job.step - done <= 1
 
     def _start_of(self, job: _Job) -> float:
         """Where its tenant's virtual time is when it begins."""
@@ -413,9 +523,11 @@ class VirtualCluster:
     def _enter(self, job: _Job, gang: _Gang) -> None:
         assert job.resident is not None
         gang.jobs[job.ask.id] = job
+        self._num_shared += len(gang.jobs) == 2
         key = job.ask.tenant, job.resident.claim.is_urgent
         self._on_gangs[key] = self._on_gangs.get(key, 0.0) + job.cost
         self._look(gang)
+        self._look_again(gang)
         self._go(gang)
 
     def _leave(self, job: _Job, gang: _Gang) -> None:
@@ -424,6 +536,8 @@ class VirtualCluster:
         self._loop.after(self._times.release_s if job.step else 0.0, partial(self._left, job, gang))
 
     def _left(self, job: _Job, gang: _Gang) -> None:
+        if gang.jobs.get(job.ask.id) is not job:
+            return  # the gang has failed meanwhile
         self._remove(job, gang)
         self._wait(job)
         self._go(gang)
@@ -431,6 +545,7 @@ class VirtualCluster:
     def _remove(self, job: _Job, gang: _Gang) -> None:
         assert job.resident is not None
         del gang.jobs[job.ask.id]
+        self._num_shared -= len(gang.jobs) == 1
         gang.leaving.discard(job.ask.id)
         key = job.ask.tenant, job.resident.claim.is_urgent
         left = self._on_gangs[key] - job.cost
@@ -446,7 +561,10 @@ class VirtualCluster:
         self._idle.pop(gang.name, None)
         self._open.pop(gang.name, None)
         if not gang.jobs:
-            gang.progress, gang.left = -inf, 0.0
+            gang.progress, gang.ends_at = -inf, 0.0
+            if gang.is_draining:
+                self._forget(gang)
+                return
         waiting = [
             job.resident.virtual_time for name, job in gang.jobs.items() if name != gang.running and job.resident
         ]
@@ -454,16 +572,15 @@ class VirtualCluster:
         if len(gang.jobs) <= self._max_resident and not gang.is_draining:
             (self._open if gang.jobs else self._idle)[gang.name] = None
 
+    def _forget(self, gang: _Gang) -> None:
+        for known in (self._gangs, self._idle, self._open, self._changed):
+            known.pop(gang.name, None)
+
     def _go(self, gang: _Gang) -> None:
-        if gang.stepping:
+        if gang.stepping or gang.name not in self._gangs:
             return
         # The last to come waits until its ranks have let go of another.
-        held = islice(gang.jobs.items(), self._max_resident)
-        residents = [job.resident for name, job in held if name not in gang.leaving and job.resident is not None]
-        switch_s = self._times.switch_s
-        gang.stepping = next_step(
-            residents, running=gang.running, lora=gang.lora, switch_s=switch_s, share_tokens=self._share_tokens
-        )
+        gang.stepping = self._next_step(gang, self._held(gang))
         if not gang.stepping:
             gang.running = None
             return
@@ -477,22 +594,80 @@ class VirtualCluster:
         stepping = [gang.jobs[name] for name in gang.stepping]
         resident = stepping[0].resident
         assert resident is not None
-        gang.progress, gang.left = resident.virtual_time, resident.cost
-        gang.is_ending = resident.claim.num_steps - resident.step <= 1
-        self._furthest = max(self._furthest, gang.progress)
-        seconds = max(job.ask.step_s * job.ask.slowness for job in stepping) * len(stepping)
+        gang.progress, gang.ends_at = resident.virtual_time, self._loop.now + resident.cost
+        gang.pace = resident.claim.step_cost / resident.claim.weight
+        gang.step_s = max(job.ask.step_s * job.ask.slowness for job in stepping) * len(stepping) * self._pace
+        gang.began_at = self._loop.now
         if stepping[0].ask.lora != gang.lora:
             gang.lora = stepping[0].ask.lora
-            seconds += switch_s
+            gang.began_at += self._times.switch_s
+        gang.uncharged = 1
+        if self._is_coarse and not gang.is_draining and self._is_undisturbed(gang):
+            gang.uncharged = resident.claim.num_steps - resident.step
+        self._furthest = max(self._furthest, gang.progress + (gang.uncharged - 1) * gang.pace)
         for job in stepping:
             job.record.began_at = min(job.record.began_at, self._loop.now)
-        self._loop.after(seconds, partial(self._stepped, gang))
+        self._end_after(gang)
 
-    def _stepped(self, gang: _Gang) -> None:
+    def _held(self, gang: _Gang) -> list[Resident]:
+        held = islice(gang.jobs.items(), self._max_resident)
+        return [job.resident for name, job in held if name not in gang.leaving and job.resident is not None]
+
+    def _next_step(self, gang: _Gang, residents: Iterable[Resident]) -> tuple[str, ...]:
+        return next_step(
+            residents,
+            running=gang.running,
+            lora=gang.lora,
+            switch_s=self._times.switch_s,
+            share_tokens=self._share_tokens,
+        )
+
+    # Stretches: steps of one job that nothing which the gang holds comes between.
+
+    def _is_undisturbed(self, gang: _Gang) -> bool:
+        """Whether the job under way still is chosen for its last step, when it has come furthest."""
+        held = self._held(gang)
+        if len(held) == 1:
+            return True
+        (name,) = gang.stepping
+        last = [replace(one, step=one.claim.num_steps - 1) if one.job_id == name else one for one in held]
+        return self._next_step(gang, last) == (name,)
+
+    def _end_after(self, gang: _Gang) -> None:
+        gang.turn += 1
+        self._loop.at(gang.began_at + gang.uncharged * gang.step_s, partial(self._stepped, gang, gang.turn))
+
+    def _sync(self, gang: _Gang) -> None:
+        """Charge the steps of a stretch that are done."""
+        if gang.uncharged <= 1 or self._loop.now < gang.began_at + gang.step_s:
+            return
+        done = min(gang.uncharged - 1, int((self._loop.now - gang.began_at) / gang.step_s + 1e-9))
+        (name,) = gang.stepping
+        self._charge(gang.jobs[name], done)
+        gang.uncharged -= done
+        gang.began_at += done * gang.step_s
+        gang.progress += done * gang.pace
+
+    def _cut(self, gang: _Gang) -> None:
+        """End a stretch with the step that is under way."""
+        self._sync(gang)
+        if gang.uncharged > 1:
+            gang.uncharged = 1
+            self._end_after(gang)
+
+    def _look_again(self, gang: _Gang) -> None:
+        """What a gang holds is not what it was when the stretch began."""
+        if gang.uncharged > 1 and not self._is_undisturbed(gang):
+            self._cut(gang)
+
+    def _stepped(self, gang: _Gang, turn: int) -> None:
+        if turn != gang.turn:
+            return
         stepped, gang.stepping = gang.stepping, ()
+        num_steps, gang.uncharged = gang.uncharged, 0
         for name in stepped:
             job = gang.jobs[name]
-            self._charge(job)
+            self._charge(job, num_steps)
             if job.step == job.ask.num_steps:
                 self._denoised(job, gang)
             elif name in gang.leaving or gang.is_draining:
@@ -501,25 +676,47 @@ class VirtualCluster:
         if gang.name in self._changed:
             self._place_soon(self._times.arrange_s if gang.jobs else 0.0)
 
-    def _charge(self, job: _Job) -> None:
+    def _charge(self, job: _Job, num_steps: int) -> None:
         ask, resident = job.ask, job.resident
         assert resident is not None
-        job.step += 1
-        job.record.steps_run += 1
+        cost = num_steps * ask.step_s
+        self._delivered_s += cost
+        self.busy_s += cost * ask.slowness
+        job.step += num_steps
+        job.record.steps_run += num_steps
         job.resident = Resident(job_id=ask.id, claim=resident.claim, step=job.step, signature=resident.signature)
-        self._on_gangs[ask.tenant, resident.claim.is_urgent] -= ask.step_s
+        self._on_gangs[ask.tenant, resident.claim.is_urgent] -= cost
         before = self._standings[ask.tenant]
         self._standings[ask.tenant] = Standing(
-            weight=before.weight, virtual_time=before.virtual_time + ask.step_s / before.weight
+            weight=before.weight, virtual_time=before.virtual_time + cost / before.weight
         )
-        self.delivered.append((self._loop.now, ask.tenant, ask.step_s))
+        self.delivered.append((self._loop.now, ask.tenant, cost))
 
     def _denoised(self, job: _Job, gang: _Gang) -> None:
         job.record.denoised_at = self._loop.now
+        self._num_unfinished -= 1
+        self._whole_s -= job.ask.num_steps * job.ask.step_s
         self._remove(job, gang)
-        self._loop.after(self._times.decode_s, partial(self._ended, job))
+        self._to_decode.append(job)
+        self._decode()
+
+    # The VAE.
+
+    def _decode(self) -> None:
+        while self._to_decode and (self._num_decoders is None or self._num_decoding < self._num_decoders):
+            job = self._to_decode.popleft()
+            self._num_decoding += 1
+            seconds = self._times.decode_s if job.ask.decode_s is None else job.ask.decode_s
+            self._loop.after(seconds * self._pace, partial(self._ended, job))
+
+    @property
+    def _pace(self) -> float:
+        """By which what begins now takes longer than measured alone."""
+        return self._times.crowded if len(self._claimed) > 1 else 1.0
 
     def _ended(self, job: _Job) -> None:
+        self._num_decoding -= 1
+        self._decode()
         job.record.ended_at = self._loop.now
         del self._claimed[job.ask.id]
         self._may_claim = True

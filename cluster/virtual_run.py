@@ -2,8 +2,8 @@
 
 from functools import partial
 
+from cluster.event_loop import EventLoop
 from cluster.outcome import Delivery, Observation, Outcome
-from cluster.simulation import EventLoop
 from cluster.virtual_cluster import Ask, Times, VirtualCluster
 from cluster.workload import Scenario, Video
 from serve.policy.cost import StepShape, step_seconds

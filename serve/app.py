@@ -24,7 +24,6 @@ from serve.gang_replica import DenoiserReplica
 from serve.logs import Logs
 from serve.metrics import GatewayMetrics, JobMetrics, VaeMetrics
 from serve.moderation import Moderation
-from serve.scaling import num_wanted
 from serve.serve_stages import ActorGang, ServeStages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
@@ -42,6 +41,9 @@ ROLES = (GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER)
 
 # A lost process is found within seconds; a busy one answers in time because no role computes on its loop.
 _HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s": 10.0}
+# How long Serve waits before it does what a policy asks for. Ours for gangs has delays of its own.
+_AT_ONCE: dict[str, Any] = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
+_UNHURRIED: dict[str, Any] = {"upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
 Handle = DeploymentHandle[Any]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -100,10 +102,14 @@ class DispatcherReplica:
         webhooks = Webhooks(self._store, on_try=metrics.webhook)
         self._delivering = asyncio.get_running_loop().create_task(keep_delivering(webhooks))
 
-    async def register(self, name: str, coordinator: Any, max_resident: int) -> int:
-        """A gang is there; returns how many there should be. See ``serve.gang_replica``."""
+    async def register(self, name: str, coordinator: Any, max_resident: int) -> dict[str, float]:
+        """A gang is there; returns what ``record_autoscaling_stats`` does. See ``serve.gang_replica``."""
         self._dispatcher.register(name, ActorGang(coordinator), max_resident)
-        return num_wanted(self._dispatcher.num_unfinished, max_resident)
+        return self._dispatcher.demand.stats()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve hands to the autoscaling policy."""
+        return self._dispatcher.demand.stats()
 
     async def check_health(self) -> None:
         """Raise if the loop has ended."""
@@ -182,6 +188,8 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
         config.dispatcher,
         max_ongoing_requests=200,
         graceful_shutdown_timeout_s=handover_s,
+        # One, but Serve asks only what autoscales for what the policy needs to know.
+        autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=1),
     ).bind(config, model.name, model.precision_on(config.denoiser.device), text_encoder, vae)
     ingress: Any = ray_serve.ingress()(GatewayReplica)
     return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=MAX_STREAMS + 200).bind(
@@ -233,7 +241,9 @@ async def readiness(app_name: str) -> dict[str, bool]:
 
 
 def _deployment(cls: Any, name: str, role: RoleConfig, **options: Any) -> Any:
-    scale = _scale(role, target_ongoing_requests=max(1.0, 0.5 * options["max_ongoing_requests"]))
+    scale = _scale(role, **_UNHURRIED, target_ongoing_requests=max(1.0, 0.5 * options["max_ongoing_requests"]))
+    if "autoscaling_config" in options:
+        scale = {}
     options = {**_HEALTH, "graceful_shutdown_timeout_s": 600.0, **scale, **options}
     return ray_serve.deployment(name=name, ray_actor_options=_actor_options(role), **options)(cls)
 
@@ -258,7 +268,7 @@ def _gang_deployment(config: ServeConfig) -> Any:
         placement_group_strategy="STRICT_SPREAD" if role.spread else "STRICT_PACK",
         graceful_shutdown_timeout_s=role.handover_timeout_s + 10.0,
         **_HEALTH,
-        **_scale(role, policy={"policy_function": "serve.scaling:gangs_for_backlog"}),
+        **_scale(role, **_AT_ONCE, policy={"policy_function": "cluster.ray_scaling:Denoiser"}),
         **options,
     )(DenoiserReplica)
 

@@ -28,7 +28,7 @@ class RoleConfig(Settings):
 
     num_replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
-    """Above num_replicas: Ray Serve autoscales between the two on ongoing requests."""
+    """Above num_replicas: the role autoscales between the two (``cluster.autoscaling``)."""
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     resources: dict[str, float] = {}
@@ -40,6 +40,8 @@ class RoleConfig(Settings):
     def _bounds_are_ordered(self) -> Self:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is below num_replicas={self.num_replicas}")
+        if self.max_replicas is None and self.num_replicas == 0:
+            raise ValueError("num_replicas=0 needs max_replicas: a role without replicas has to autoscale")
         return self
 
     @property
@@ -48,7 +50,14 @@ class RoleConfig(Settings):
         return "cuda" if self.num_gpus else "cpu"
 
 
-class DenoiserConfig(RoleConfig):
+class StageConfig(RoleConfig):
+    """A role that may go while there is nothing to do."""
+
+    num_replicas: int = Field(1, ge=0)
+    """0: scales to zero, with ``max_replicas`` and an ``autoscaling_policy`` of the application."""
+
+
+class DenoiserConfig(StageConfig):
     """One replica is a gang of ``cfg * ring * ulysses`` ranks; num_cpus, num_gpus are per rank."""
 
     cfg_degree: int = Field(1, ge=1)
@@ -155,8 +164,8 @@ class ServeConfig(Settings):
     uploads: UploadLimits = UploadLimits()
     gateway: RoleConfig = RoleConfig()
     dispatcher: RoleConfig = RoleConfig()
-    text_encoder: RoleConfig = RoleConfig()
-    vae: RoleConfig = RoleConfig()
+    text_encoder: StageConfig = StageConfig()
+    vae: StageConfig = StageConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
 
     @property

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol, TypeVar
@@ -25,6 +25,7 @@ from serve.logs import about
 from serve.moderation import NO_MODERATION, Moderation
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.cost import Backlog
+from serve.policy.demand import NOTHING, Demand
 from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import Priority, is_urgent
 from serve.previews import Previews
@@ -78,6 +79,9 @@ class Dispatcher:
         handover_s: how long ``close`` waits for the gangs to hand over what they hold.
         traces: where spans of the stages go.
         clock: Unix seconds.
+
+    Attributes:
+        demand: what gangs are needed for, a second ago: queued jobs, and those in hand before the VAE.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class Dispatcher:
         previews = Previews(store, artifacts, stages, moderation, self._db)
         self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, previews.show, clock)
         self._attempts: dict[str, Attempt] = {}
-        self._num_queued = 0
+        self.demand = NOTHING
         self._max_running: dict[str, int | None] = {}
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
@@ -129,10 +133,17 @@ class Dispatcher:
         """A gang is there, and may be given jobs; said again and again as long as it is."""
         self._gangs.register(name, gang, max_resident)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Jobs that gangs are needed for: queued, and in hand before the VAE."""
-        return self._num_queued + sum(one.stage != "decode" for one in self._attempts.values())
+    def _demand(self, queued: Sequence[Backlog]) -> Demand:
+        in_hand = [one for one in self._attempts.values() if one.stage != "decode"]
+        left_s = sum(one.cost for one in queued) + sum(self._ledger.cost_left(one.job, one.step) for one in in_hand)
+        whole_s = sum(one.whole for one in queued) + sum(self._ledger.cost_left(one.job, 0) for one in in_hand)
+        num_jobs = sum(one.num for one in queued) + len(in_hand)
+        return Demand(
+            num_jobs=num_jobs,
+            backlog_s=left_s,
+            job_s=whole_s / num_jobs if num_jobs else 0.0,
+            asked_s=self._ledger.delivered_s + left_s,
+        )
 
     async def run(self) -> None:
         """Take and drive jobs until ``close``; a store that cannot be reached is retried for ever."""
@@ -211,9 +222,9 @@ class Dispatcher:
         await self._ledger.flush(self._db)
         tenants = await self._db(self._store.tenants)
         self._max_running = {one.name: one.quota.max_running for one in tenants}
-        counts = await self._db(self._store.unfinished)
-        self._num_queued = counts.get("queued", 0)
+        # Nothing is claimed meanwhile, so no job is counted twice.
         backlog = await self._db(self._store.backlog)
+        self.demand = self._demand([one for one in backlog if one.status == "queued"])
         self._metrics.round(backlog, lambda tenant: self._ledger.standing(tenant).weight)
         self._metrics.gangs(self._gangs.states, self._gangs.num_free)
 

@@ -21,7 +21,6 @@ from serve.denoiser import Denoiser
 from serve.gang import Gang, MakeWorker
 from serve.logs import Logs
 from serve.metrics import GangMetrics
-from serve.scaling import WANTED_GANGS
 from serve.stages import Assignment, Finished, Kept, ReplicaLostError, TensorRef
 
 logger = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class DenoiserReplica:
             .remote(config, make_worker, artifacts_url, placement, logs)
         )
         self.pids = list(ray.get(self._coordinator.start.remote()))
-        self._num_wanted: int | None = None
+        self._demand: dict[str, float] = {}
         self._registering = asyncio.get_running_loop().create_task(self._register())
 
     async def check_health(self) -> None:
@@ -138,18 +137,18 @@ class DenoiserReplica:
         return self.pids
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Ray Serve hands to ``serve.scaling``: any replica tells what the dispatcher told it."""
-        return {} if self._num_wanted is None else {WANTED_GANGS: float(self._num_wanted)}
+        """What Ray Serve hands to the autoscaling policy: any replica tells what the dispatcher told it."""
+        return self._demand
 
     async def _register(self) -> None:
         while True:
             try:
                 dispatcher = ray_serve.get_deployment_handle(self._dispatcher, self._app_name)
                 async with asyncio.timeout(_ANSWER_S):
-                    registered: Awaitable[int] = dispatcher.register.remote(
+                    registered: Awaitable[dict[str, float]] = dispatcher.register.remote(
                         self._name, self._coordinator, self._config.max_resident
                     )
-                    self._num_wanted = await registered
+                    self._demand = await registered
             except Exception as error:  # noqa: BLE001 - whatever keeps the dispatcher: it will be back
                 logger.warning("gang %s could not register: %s", self._name, type(error).__name__)
             await asyncio.sleep(REGISTER_S)

@@ -35,6 +35,9 @@ class Ledger:
         store: of the ledger and of measured step times.
         model: whose steps they are.
         clock: Unix seconds.
+
+    Attributes:
+        delivered_s: predicted gang-seconds of all steps that this dispatcher has seen.
     """
 
     def __init__(self, store: JobStore, model: str, clock: Callable[[], float]) -> None:
@@ -48,6 +51,7 @@ class Ledger:
         self._measured: dict[StepShape, float] = {}
         self._new_shapes: set[StepShape] = set()
         self._virtual_clock: float | None = None
+        self.delivered_s = 0.0
 
     def standing(self, tenant: str) -> Standing:
         """A tenant's line, as far as it is known here."""
@@ -111,6 +115,7 @@ class Ledger:
         self._new_shapes.add(shape)
         if not is_new:
             return 0.0
+        self.delivered_s += cost
         self._note(_Event(tenant, cost=cost))
         return cost
 

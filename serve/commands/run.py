@@ -38,6 +38,11 @@ def run(options: argparse.Namespace) -> int:
     """
     config = read_config(options)
     config.load_model()
+    if any(not role.num_replicas for role in (config.text_encoder, config.vae, config.denoiser)):
+        raise ConfigError(
+            "num_replicas=0 needs an autoscaling policy of the whole application, which only a Serve config file "
+            "has: deploy one with 'serve run', such as configs/serve/scale-to-zero.yaml, or set num_replicas to 1"
+        )
     return _serve(config, options.host, options.port)
 
 
@@ -135,6 +140,7 @@ def _reasons(status: Any) -> list[str]:
 def _set_environment() -> None:
     os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
     os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
+    os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "2")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray runs workers at nice 15 by default; on a shared machine a gang would starve beside anything else.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -37,6 +37,8 @@ class Backlog:
     num: int
     cost: float
     """Gang-seconds left."""
+    whole: float
+    """Gang-seconds from their first steps on."""
     oldest_s: float
     """Age of the oldest of them."""
 

@@ -178,15 +178,8 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             rows = connection.execute(select(jobs.c.status, func.count().label("num")).group_by(jobs.c.status)).all()
         return {row.status: row.num for row in rows}
 
-    def unfinished(self) -> dict[Status, int]:
-        """Jobs queued and in progress; what it costs does not grow with the jobs that have ended."""
-        is_unfinished = jobs.c.status.in_(("queued", "in_progress"))
-        query = select(jobs.c.status, func.count().label("num")).where(is_unfinished).group_by(jobs.c.status)
-        with self._engine.connect() as connection:
-            return {row.status: row.num for row in connection.execute(query).all()}
-
     def backlog(self) -> list[Backlog]:
-        """What every tenant has unfinished, by status and priority class."""
+        """What every tenant has unfinished, by status and priority class; jobs that have ended cost nothing."""
         query = (
             select(
                 jobs.c.tenant,
@@ -194,6 +187,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
                 jobs.c.priority,
                 func.count().label("num"),
                 func.sum(_cost_left()).label("cost"),
+                func.sum(jobs.c.cost).label("whole"),
                 func.min(jobs.c.created_at).label("oldest"),
             )
             .where(jobs.c.status.in_(("queued", "in_progress")))
@@ -208,6 +202,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
                     priority=row.priority,
                     num=row.num,
                     cost=row.cost,
+                    whole=row.whole,
                     oldest_s=now - row.oldest,
                 )
                 for row in connection.execute(query)

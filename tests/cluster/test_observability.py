@@ -162,7 +162,7 @@ def test_a_backlog_is_told_by_class_and_forgotten_when_it_is_gone(monkeypatch):
     monkeypatch.setattr("serve.metrics.Metric.instrument", lambda self: made.setdefault(self.name, Instrument()))
     metrics = JobMetrics()
     backlog = [
-        Backlog(tenant=tenant, status=status, priority="interactive", num=2, cost=5.0, oldest_s=age)
+        Backlog(tenant=tenant, status=status, priority="interactive", num=2, cost=5.0, whole=9.0, oldest_s=age)
         for tenant, status, age in (("a", "queued", 3.0), ("b", "queued", 7.0), ("a", "in_progress", 90.0))
     ]
     metrics.round(backlog, {"a": 1.0, "b": 4.0}.__getitem__)

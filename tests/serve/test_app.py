@@ -2,18 +2,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
 import configs
+from cluster.ray_scaling import Application, Denoiser
 from pusa_dist.errors import ConfigError
 from serve.__main__ import main
 from serve.app import ROLES, application, build_app, require_loopback
 from serve.config import ServeConfig
-from serve.scaling import WANTED_GANGS, gangs_for_backlog, num_wanted
 
 SHIPPED = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
 CONFIGS = [path for path in SHIPPED if path.stem != "kustomization"]
@@ -40,7 +40,17 @@ def test_a_shipped_configuration_is_a_serve_config_file_and_builds(path):
 
 
 def test_what_is_shipped():
-    shipped = ["chaos", "debug", "kind", "production-multi-host", "production", "single-node", "small-videos"]
+    shipped = [
+        "chaos",
+        "debug",
+        "kind",
+        "loadtest",
+        "production-multi-host",
+        "production",
+        "scale-to-zero",
+        "single-node",
+        "small-videos",
+    ]
     assert [path.stem for path in CONFIGS] == shipped
 
 
@@ -96,18 +106,36 @@ def test_roles_are_placed_by_resources_and_labels():
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
     scaling = found["Denoiser"]._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
-    assert scaling.policy.get_policy().__name__ == "gangs_for_backlog"
+    assert scaling.policy.get_policy() is Denoiser
+    scaling = found["Dispatcher"]._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 1)
 
 
-@pytest.mark.parametrize(("num_jobs", "wanted"), [(0, 1), (1, 1), (2, 1), (3, 2), (20, 10)])
-def test_as_many_gangs_are_wanted_as_the_unfinished_jobs_fill(num_jobs, wanted):
-    assert num_wanted(num_jobs, max_resident=2) == wanted
+def test_a_role_that_goes_to_zero_has_to_come_back():
+    found = deployments(build_app(ServeConfig.model_validate({"vae": {"num_replicas": 0, "max_replicas": 2}})))
+    assert found["Vae"]._deployment_config.autoscaling_config.min_replicas == 0
+    for wrong in ({"vae": {"num_replicas": 0}}, {"gateway": {"num_replicas": 0, "max_replicas": 2}}):
+        with pytest.raises(ValueError, match="num_replicas"):
+            ServeConfig.model_validate(wrong)
 
 
-def test_serve_is_asked_for_what_any_replica_was_told_and_else_for_no_change():
-    context = SimpleNamespace(aggregated_metrics={WANTED_GANGS: {"a": 3.0, "b": 3.0}}, target_num_replicas=1)
-    assert gangs_for_backlog(context) == (3, {})
-    assert gangs_for_backlog(SimpleNamespace(aggregated_metrics=None, target_num_replicas=2)) == (2, {})
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_shipped_configuration_that_autoscales_names_the_policy_and_settings_it_takes(path):
+    (one,) = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications
+    config = ServeConfig.model_validate(one.args)
+    roles = (config.gateway, config.text_encoder, config.vae, config.denoiser)
+    assert (one.autoscaling_policy is not None) == any(role.max_replicas is not None for role in roles)
+    if one.autoscaling_policy is not None:
+        policy = AutoscalingPolicy(**one.autoscaling_policy)
+        assert policy.get_policy() is Application
+        Application(**policy.policy_kwargs)
+
+
+def test_zero_replicas_are_refused_where_there_is_no_policy_of_the_application(tmp_path, capsys):
+    config = tmp_path / "service.yaml"
+    config.write_text("denoiser: {num_replicas: 0, max_replicas: 2}")
+    assert main(["--config", str(config), "--state", str(tmp_path / "state")]) == 2
+    assert "num_replicas=0 needs an autoscaling policy" in capsys.readouterr().err
 
 
 def test_a_gang_that_asks_for_nothing_is_refused():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cluster.simulation import EventLoop
+from cluster.event_loop import EventLoop
 from cluster.virtual_cluster import Ask, Times, VirtualCluster
 from serve.policy.priority import PATIENCE_S
 

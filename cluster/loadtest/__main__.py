@@ -1,0 +1,158 @@
+"""``make loadtest``: open-loop load on a service, a report of it, and 1 as exit code when its objectives are missed.
+
+With ``--url`` on any service, through its public API only; without, on one of its own on this machine, which may
+lose ranks meanwhile and be compared with a plain loop.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+from cluster.chaos import processes
+from cluster.loadtest.drive import Target
+from cluster.loadtest.keys import read_keys
+from cluster.loadtest.local import own_service, ranks_per_gang
+from cluster.loadtest.plots import draw
+from cluster.loadtest.report import Report, as_json, headlines, markdown
+from cluster.loadtest.rows import Row
+from cluster.loadtest.run import Plan, UnusableError, perform, say
+from cluster.loadtest.schedule import read_trace
+from cluster.loadtest.settings import SettingsError
+from cluster.loadtest.slo import Slo, read_slo
+from cluster.loadtest.workload import Workload, read_workload
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code: 1 for missed objectives, 2 for what cannot be measured."""
+    options = _parser().parse_args(argv)
+    if options.url is None:
+        processes.adopt_orphans()
+    try:
+        return _measure(options)
+    except KeyboardInterrupt:
+        print("loadtest: interrupted")
+        return 130
+    except (SettingsError, UnusableError, RuntimeError, httpx.HTTPError, subprocess.TimeoutExpired) as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if options.url is None:
+            processes.kill_all(os.getpid())
+
+
+def _measure(options: argparse.Namespace) -> int:
+    given = {"seed": options.seed, "request_rate": options.request_rate, "num_jobs": options.num_jobs}
+    workload = read_workload(options.workload, {name: one for name, one in given.items() if one is not None})
+    slo = read_slo(options.slo) if options.slo is not None else None
+    options.out.mkdir(parents=True, exist_ok=True)
+    with _plan(options, workload, slo) as plan:
+        report, rows = perform(plan)
+    _write(options.out, report, rows, slo)
+    print(f"\n{headlines(report)}\nwritten: {options.out / 'report.md'}, report.json, jobs.jsonl and pictures")
+    return 0 if report.is_met else 1
+
+
+@contextmanager
+def _plan(options: argparse.Namespace, workload: Workload, slo: Slo | None) -> Iterator[Plan]:
+    """What was asked for, and a service for it while it lasts."""
+    arrivals = workload.arrivals
+    plan = Plan(
+        name=f"load-{time.time_ns() // 10**6}",
+        workload=workload,
+        trace=read_trace(options.workload.parent / arrivals.trace, workload) if arrivals.trace else (),
+        slo=slo,
+        target=Target(url="", keys={}),
+        folder=options.out,
+        job_timeout_s=options.job_timeout,
+        rates=options.rates,
+        sweep_jobs=options.sweep_jobs,
+        kill_at=options.kill_rank_at,
+        alone=options.alone,
+        rounds=options.saturation,
+        round_jobs=options.saturation_jobs,
+        metrics_url=options.metrics_url,
+        ranks_per_gang=options.ranks_per_gang,
+    )
+    if options.url is not None:
+        if options.kill_rank_at or options.saturation:
+            raise SettingsError("--kill-rank-at and --saturation need a service of our own; leave --url out")
+        keys = read_keys(workload.tenants, options.keys, os.environ)
+        yield replace(plan, target=Target(url=options.url.rstrip("/"), keys=keys))
+        return
+    say("starting a service ...")
+    with (
+        # A short path: the sockets in it may have 107 characters.
+        tempfile.TemporaryDirectory(prefix="l-", ignore_cleanup_errors=True) as folder,
+        own_service(options.model, options.service_config, Path(folder) / "state", workload.tenants) as local,
+    ):
+        yield replace(
+            plan,
+            target=local.target,
+            pid=local.pid,
+            metrics_url=options.metrics_url or local.metrics_url,
+            ranks_per_gang=ranks_per_gang(options.service_config),
+        )
+
+
+def _write(folder: Path, report: Report, rows: Sequence[Row], slo: Slo | None) -> None:
+    pictures = draw(folder, rows, report.summary, slo, report.faults, report.points, report.knee)
+    (folder / "report.json").write_text(json.dumps(as_json(report), indent=2, allow_nan=False) + "\n")
+    (folder / "report.md").write_text(markdown(report, [one.name for one in pictures]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="loadtest", description=__doc__.splitlines()[0])
+    shipped = CONFIGS / "loadtest"
+    parser.add_argument("--workload", type=Path, default=shipped / "debug.yaml", help="YAML of tenants and classes")
+    parser.add_argument("--slo", type=Path, help="YAML of objectives; without it there is no verdict")
+    parser.add_argument("--out", type=Path, default=Path("outputs/loadtest"), help="folder for the report")
+    parser.add_argument("--seed", type=int, help="instead of the workload's")
+    parser.add_argument("--request-rate", type=float, help="jobs a second, instead of the workload's")
+    parser.add_argument("--num-jobs", "--num-prompts", type=int, help="instead of the workload's")
+    parser.add_argument("--rates", type=_rates, default=(), help="sweep before the run, such as 0.5,1,2")
+    parser.add_argument("--sweep-jobs", type=int, default=40, help="for each of the sweep's rates")
+    parser.add_argument(
+        "--alone", type=int, default=0, metavar="JOBS", help="of each class, before: for simulation --against"
+    )
+    parser.add_argument("--job-timeout", type=float, default=600.0, help="seconds after the last arrival")
+    remote = parser.add_argument_group("any service")
+    remote.add_argument("--url", help="of the service; without it, one is started here")
+    remote.add_argument("--keys", type=Path, help="YAML of API keys by tenant (default: PUSA_KEY_TENANT variables)")
+    remote.add_argument("--metrics-url", help="of the service's metrics, as Prometheus reads them")
+    remote.add_argument("--ranks-per-gang", type=int, help="of the service, for rank-seconds a video")
+    local = parser.add_argument_group("a service of our own")
+    local.add_argument("--model", default="debug")
+    local.add_argument("--service-config", type=Path, default=CONFIGS / "serve" / "loadtest.yaml")
+    local.add_argument("--kill-rank-at", type=float, action="append", default=[], metavar="SECONDS")
+    local.add_argument("--saturation", type=int, default=0, metavar="ROUNDS", help="against a plain loop, by turns")
+    local.add_argument("--saturation-jobs", type=int, default=4, help="of a round, on each side")
+    return parser
+
+
+def _rates(text: str) -> list[float]:
+    return [float(one) for one in text.split(",")]
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """As Ctrl-C, which asyncio turns into an orderly end of what waits."""
+    signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The service's own metrics, read where Prometheus reads them."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+JOBS = "ray_video_jobs_total"
+REQUEUED = "ray_video_jobs_requeued_total"
+LATENCY = "ray_video_job_seconds"
+STAGE = "ray_video_stage_seconds"
+_PREFIX = "ray_video_"
+_OURS = ("outcome", "stage", "reason", "status", "le")
+"""Labels that mean something; Ray adds those of the process, which are summed over."""
+_TIMEOUT_S = 10.0
+_REPORTED_S = 30.0
+"""Ray's workers report every few seconds."""
+
+Sample = tuple[str, tuple[tuple[str, str], ...]]
+"""A name with its labels in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """Samples summed over processes."""
+
+    samples: Mapping[Sample, float]
+
+    def of(self, name: str, **labels: str) -> float | None:
+        """The sum of all samples of a name with these labels, among others; None: there is none."""
+        wanted = set(labels.items())
+        found = [value for (one, its), value in self.samples.items() if one == name and wanted <= set(its)]
+        return sum(found) if found else None
+
+    def since(self, before: "Scrape") -> "Scrape":
+        """What was counted between two scrapes."""
+        return Scrape({key: value - before.samples.get(key, 0.0) for key, value in self.samples.items()})
+
+    def buckets(self, name: str, **labels: str) -> list[tuple[float, float]]:
+        """Upper bounds of a histogram and how many values are not above each, ascending; the last is infinite."""
+        wanted = set(labels.items())
+        found: Counter[float] = Counter()
+        for (one, its), value in self.samples.items():
+            if one == f"{name}_bucket" and wanted <= set(its):
+                found[float(dict(its)["le"])] += value  # type: ignore[assignment]
+        return sorted(found.items())
+
+
+def parse(text: str) -> Scrape:
+    """Our samples of an exposition."""
+    samples: dict[Sample, float] = {}
+    for family in text_string_to_metric_families(text):
+        for one in family.samples:
+            if one.name.startswith(_PREFIX) and not math.isnan(one.value):
+                labels = tuple(sorted((key, value) for key, value in one.labels.items() if key in _OURS))
+                samples[one.name, labels] = samples.get((one.name, labels), 0.0) + one.value
+    return Scrape(samples)
+
+
+def scrape(url: str) -> Scrape:
+    """Read the metrics at a URL.
+
+    Raises:
+        httpx.HTTPError: they cannot be read.
+    """
+    return parse(httpx.get(url, timeout=_TIMEOUT_S).raise_for_status().text)
+
+
+def scrape_after(url: str, before: Scrape, num_ended: int) -> Scrape:
+    """What was counted since, when all ends of a run are in it or no more come.
+
+    Raises:
+        httpx.HTTPError: the metrics cannot be read.
+    """
+    deadline = time.monotonic() + _REPORTED_S
+    while True:
+        found = scrape(url).since(before)
+        if (found.of(JOBS) or 0.0) >= num_ended or time.monotonic() > deadline:
+            return found
+        time.sleep(1.0)

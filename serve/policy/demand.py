@@ -1,0 +1,35 @@
+"""What the unfinished jobs ask of the gangs, as the dispatcher tells it to whoever decides how many there should be."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Jobs that have not come to their decoding, in predicted gang-seconds."""
+
+    num_jobs: int
+    backlog_s: float
+    """What they still need, together."""
+    job_s: float
+    """What one of them needs from its first step to its last, on average."""
+    asked_s: float
+    """What has ever been asked for, as far as one dispatcher knows: its rise is the load."""
+
+    def stats(self) -> dict[str, float]:
+        """As a replica reports it to Ray Serve: names and numbers."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_stats(cls, stats: Mapping[str, float]) -> "Demand":
+        """The reverse of ``stats``."""
+        return cls(
+            num_jobs=round(stats["num_jobs"]),
+            backlog_s=stats["backlog_s"],
+            job_s=stats["job_s"],
+            asked_s=stats["asked_s"],
+        )
+
+
+NOTHING = Demand(num_jobs=0, backlog_s=0.0, job_s=0.0, asked_s=0.0)
+"""Of a dispatcher that has not looked yet."""
