@@ -18,7 +18,6 @@ POLL_S = 0.5
 NUM_OPEN = 4
 """Jobs that a tenant has in the service at once: creates and downloads go on through every fault."""
 
-
 Digests = Mapping[str, str]
 """SHA-256 of every variant of a job that its tenant has fetched; none of a job that failed."""
 
