@@ -35,7 +35,7 @@ from cluster.chaos.faults import (
 )
 from cluster.chaos.held import held_by
 from cluster.chaos.records import JobRecord, count_completions, read_jobs, stray_files
-from cluster.chaos.tenants import Answer, Tenants, job_key, tenants_at_work
+from cluster.chaos.tenants import Digests, Tenants, job_key, tenants_at_work
 from cluster.chaos.verdict import (
     Outcome,
     Remains,
@@ -195,7 +195,7 @@ def num_hit(before: Mapping[str, JobRecord], after: Mapping[str, JobRecord]) -> 
     return sum(after[name].attempt > one.attempt or after[name].status == "queued" for name, one in in_hand.items())
 
 
-def outcomes(state: Path, run: str, answers: Mapping[int, Answer]) -> list[Outcome]:
+def outcomes(state: Path, run: str, answers: Mapping[int, Digests]) -> list[Outcome]:
     """What the store and the tenants say of every job; a row that no tenant asked for is a job, too."""
     numbers = {job_key(run, number): number for number in answers}
     return [
@@ -205,7 +205,7 @@ def outcomes(state: Path, run: str, answers: Mapping[int, Answer]) -> list[Outco
             attempt=record.attempt,
             num_steps=record.num_steps,
             steps_run=record.steps_run,
-            digests=answers[numbers[name]].digests if name in numbers else {},
+            digests=answers[numbers[name]] if name in numbers else {},
         )
         for name, record in read_jobs(state, run).items()
     ]

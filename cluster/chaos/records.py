@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_COLUMNS = (
-    "idempotency_key, id, status, stage, step, num_steps, steps_run, attempt, gang_deaths, lease_until, error_code"
-)
+_COLUMNS = "idempotency_key, id, status, stage, step, num_steps, steps_run, attempt, gang_deaths, lease_until"
 _STATE_FILES = {"artifacts", "jobs.sqlite", "jobs.sqlite-shm", "jobs.sqlite-wal", "service.log"}
 
 
@@ -32,7 +30,6 @@ class JobRecord:
     attempt: int
     gang_deaths: int
     lease_until: float | None
-    error_code: str | None
 
     @property
     def is_final(self) -> bool:

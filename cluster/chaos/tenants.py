@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import httpx
 
@@ -19,15 +18,8 @@ POLL_S = 0.5
 NUM_OPEN = 4
 """Jobs that a tenant has in the service at once: creates and downloads go on through every fault."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a tenant has seen of a job when it ended."""
-
-    video_id: str
-    status: str
-    digests: Mapping[str, str]
-    """SHA-256 of every variant that was fetched."""
+Digests = Mapping[str, str]
+"""SHA-256 of every variant of a job that its tenant has fetched; none of a job that failed."""
 
 
 class Tenants:
@@ -57,13 +49,13 @@ class Tenants:
         """Whether every job has ended and was fetched, or a client has given up."""
         return all(one.done() for one in self._working)
 
-    def answers(self) -> dict[int, Answer]:
-        """Of every job, by number; to be asked when ``is_done``.
+    def answers(self) -> dict[int, Digests]:
+        """What was fetched of every job, by number; to be asked when ``is_done``.
 
         Raises:
             RuntimeError: a client was refused, or gave up.
         """
-        merged: dict[int, Answer] = {}
+        merged: dict[int, Digests] = {}
         for one in self._working:
             merged |= one.result()
         return merged
@@ -73,10 +65,10 @@ class Tenants:
         self._stop.set()
         self._threads.shutdown()
 
-    def _work(self, key: str, orders: Mapping[int, Order]) -> dict[int, Answer]:
+    def _work(self, key: str, orders: Mapping[int, Order]) -> dict[int, Digests]:
         waiting = deque(orders.items())
         open_jobs: dict[int, str] = {}
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Digests] = {}
         transport = PatientTransport(self._stop, PATIENCE_S)
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=self._url, headers=headers, transport=transport, timeout=20) as client:
@@ -90,9 +82,7 @@ class Tenants:
                     video = client.get(f"/v1/videos/{video_id}").raise_for_status().json()
                     if video["status"] in ("completed", "failed"):
                         del open_jobs[number]
-                        answers[number] = Answer(
-                            video_id=video_id, status=video["status"], digests=_fetched(client, video)
-                        )
+                        answers[number] = _fetched(client, video)
         return answers
 
 
@@ -111,7 +101,7 @@ def tenants_at_work(url: str, keys: Mapping[str, str], orders: Mapping[int, Orde
         tenants.close()
 
 
-def _fetched(client: httpx.Client, video: Mapping[str, str]) -> dict[str, str]:
+def _fetched(client: httpx.Client, video: Mapping[str, str]) -> Digests:
     if video["status"] != "completed":
         return {}
     variants = ("video", "frames")

@@ -76,7 +76,7 @@ def probes_can_run(files: Mapping[str, str]) -> list[Finding]:
     return [
         Finding(name, "wget is not installed; the operator's probes use it")
         for name, text in files.items()
-        if "wget" not in text
+        if not any(word == "RUN" and "wget" in rest for word, rest in instructions(text))
     ]
 
 

@@ -64,6 +64,10 @@ class Row:
         return max((one.verdict for one in self.requirements), key=_SEVERITY.index, default=None)
 
 
+_START_END = "start/end: last frame's object within 3 px of the given end frame's; moves monotonically between"
+_EXTENSION = "extension: speed and direction of the given clip continued, within 25 %"
+
+
 def rows(base: Outcomes, adapted: Outcomes, adaptation_cost: float | None) -> list[Row]:
     """The table.
 
@@ -78,8 +82,8 @@ def rows(base: Outcomes, adapted: Outcomes, adaptation_cost: float | None) -> li
         _given_frame(base, adapted),
         _kept(base["image"], adapted["image"]),
         _kept(base["image, multiplier 0"], adapted["image, multiplier 0"], note=", at multiplier 0"),
-        _start_end(base["start and end"], adapted["start and end"]),
-        _extension(base["extension"], adapted["extension"]),
+        _adapted(_START_END, base["start and end"], adapted["start and end"], 0.80),
+        _adapted(_EXTENSION, base["extension"], adapted["extension"], 0.75),
         _steps(base, adapted),
         _cost(adaptation_cost),
     ]
@@ -143,23 +147,13 @@ def _kept(base: Sequence[Outcome], adapted: Sequence[Outcome], note: str = "") -
     )
 
 
-def _start_end(base: Sequence[Outcome], adapted: Sequence[Outcome]) -> Row:
+def _adapted(measure: str, base: Sequence[Outcome], adapted: Sequence[Outcome], share: float) -> Row:
     after = _right(adapted)
     return Row(
-        measure="start/end: last frame's object within 3 px of the given end frame's; moves monotonically between",
+        measure=measure,
         base=_share(_right(base)),
         adapted=_share(after),
-        requirements=[_at_least("adapted", after, 0.80)],
-    )
-
-
-def _extension(base: Sequence[Outcome], adapted: Sequence[Outcome]) -> Row:
-    after = _right(adapted)
-    return Row(
-        measure="extension: speed and direction of the given clip continued, within 25 %",
-        base=_share(_right(base)),
-        adapted=_share(after),
-        requirements=[_at_least("adapted", after, 0.75)],
+        requirements=[_at_least("adapted", after, share)],
     )
 
 

@@ -69,7 +69,7 @@ class Case:
         boundary = self.description.get("switch_DiT_boundary")
         return _model(
             self.name,
-            transformer=_transformer(described),
+            transformer=transformer_config(described),
             weights=WeightsConfig(root=str(self.folder.path), transformer=files),
             experts=experts,
             boundary=0.875 if boundary is None else boundary,
@@ -132,7 +132,8 @@ def _model(name: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**{"name": name, "revision": "recorded", **values, **changes})
 
 
-def _transformer(described: Mapping[str, Any]) -> TransformerConfig:
+def transformer_config(described: Mapping[str, Any]) -> TransformerConfig:
+    """The shape of a recorded DiT, as its case describes it."""
     if described.get("has_image_input") or described.get("patch_size", [1, 2, 2]) != [1, 2, 2]:
         raise ValueError("image input channels and patches other than 1x2x2 are not Pusa's")
     return TransformerConfig(

@@ -11,7 +11,6 @@ import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Literal
 
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
@@ -181,5 +180,5 @@ class EventStream(Response):
         return f"data:{_IMAGE_TYPES[PurePosixPath(key).suffix]};base64,{base64.b64encode(data).decode()}"
 
 
-def _event(name: Literal["progress", "preview", "deleted"] | str, cursor: Cursor, data: BaseModel) -> str:
+def _event(name: str, cursor: Cursor, data: BaseModel) -> str:
     return f"id: {cursor}\nevent: {name}\ndata: {data.model_dump_json()}\n\n"

@@ -56,7 +56,7 @@ CODES: Mapping[int, Sequence[str]] = {
     ),
     500: ("internal_error",),
     503: (
-        "decoding_busy", "decoding_unavailable", "fetching_busy", "moderation_unavailable", "storage_unavailable",
+        "decoding_busy", "decoding_unavailable", "moderation_unavailable", "storage_unavailable",
         "too_many_streams",
     ),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pusa_dist.errors import RequestError
 from pusa_dist.request import ConditioningParams, Fit, RequestParams
 from serve.http.fetch import FetchError, check_url
-from serve.store.jobs import Priority
+from serve.policy.priority import Priority
 
 MAX_NAME_SHOWN = 80
 PRIVATE_FIELDS = ("prompt", "negative_prompt", "webhook")

@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.geometry import PIXEL_MULTIPLE
+from serve.policy.priority import Priority
 from serve.policy.quota import Quota, Use
-from serve.store.jobs import Job, Priority, Stage, Status
+from serve.store.jobs import Job, Stage, Status
 from serve.store.usage import Usage
 
 N = TypeVar("N", int, float)

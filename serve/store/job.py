@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pusa_dist.request import GenerationRequest
+from serve.policy.priority import Priority
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Stage = Literal["text", "encode", "denoise", "decode"]
-Priority = Literal["interactive", "batch"]
 
 JOB_ID_PATTERN = r"^video_[0-9a-f]{34}$"
 

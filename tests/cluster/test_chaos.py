@@ -173,7 +173,7 @@ def test_every_role_of_the_service_dies_and_k_is_the_configuration_s():
 
 def record(key, **values):
     defaults = {"status": "in_progress", "stage": "denoise", "step": 5, "num_steps": 50, "steps_run": 5, "attempt": 1}
-    rest = {"gang_deaths": 0, "lease_until": None, "error_code": None}
+    rest = {"gang_deaths": 0, "lease_until": None}
     return JobRecord(idempotency_key=key, id=key, **{**defaults, **rest, **values})
 
 

@@ -17,6 +17,7 @@ from pusa_dist.checkpoint.seeded import seeded_state
 from pusa_dist.config import TransformerConfig
 from pusa_dist.model.attention import attention_with_lse, local_attention
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
+from pusa_dist.parity.cases import transformer_config
 from pusa_dist.trace import record_forward
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -36,15 +37,7 @@ def _case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _golden_transformer(case: Mapping[str, Any], dtype: torch.dtype) -> VectorTimestepTransformer:
-    shape = case["model_config"]
-    config = TransformerConfig(
-        num_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        attention_head_dim=shape["dim"] // shape["num_heads"],
-        ffn_dim=shape["ffn_dim"],
-        text_dim=shape["text_dim"],
-        freq_dim=shape["freq_dim"],
-    )
+    config = transformer_config(case["model_config"])
     tensors = {name: x.to(dtype) for name, x in load_file(GOLDENS / case["weights"]["main"]).items()}
     with torch.device("meta"):
         model = new_transformer(config)

@@ -14,9 +14,10 @@ from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
 from pusa_dist.checkpoint.load import load_exactly
 from pusa_dist.checkpoint.lora import MergedLora, build_lora, read_distill, read_pusa
 from pusa_dist.checkpoint.transformer import build_transformer
-from pusa_dist.config import LoraConfig, ModelConfig, TransformerConfig, WeightsConfig, load_model_config
+from pusa_dist.config import LoraConfig, ModelConfig, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
+from pusa_dist.parity.cases import transformer_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASE = json.loads((GOLDENS / "lora.json").read_text())
@@ -29,14 +30,7 @@ def _under(prefix: str) -> dict[str, Tensor]:
 
 def _transformer(dtype: torch.dtype = torch.float32) -> VectorTimestepTransformer:
     shape = json.loads((GOLDENS / "public_dit_main.json").read_text())["model_config"]
-    config = TransformerConfig(
-        num_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        attention_head_dim=shape["dim"] // shape["num_heads"],
-        ffn_dim=shape["ffn_dim"],
-        text_dim=shape["text_dim"],
-        freq_dim=shape["freq_dim"],
-    )
+    config = transformer_config(shape)
     tensors = {name: x.to(dtype) for name, x in load_file(GOLDENS / "public_dit_main.safetensors").items()}
     with torch.device("meta"):
         model = new_transformer(config)

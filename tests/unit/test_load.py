@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
 from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
 from pusa_dist.checkpoint.transformer import build_transformer
-from pusa_dist.config import ModelConfig, TransformerConfig, WeightsConfig, load_model_config
+from pusa_dist.config import ModelConfig, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
+from pusa_dist.parity.cases import transformer_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 WEIGHTS = GOLDENS / "public_dit_main.safetensors"
@@ -33,14 +34,7 @@ def _linear() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def _model(root: Path, pattern: str = "shard-*.safetensors") -> ModelConfig:
     shape = json.loads((GOLDENS / "public_dit_main.json").read_text())["model_config"]
-    transformer = TransformerConfig(
-        num_layers=shape["num_layers"],
-        num_attention_heads=shape["num_heads"],
-        attention_head_dim=shape["dim"] // shape["num_heads"],
-        ffn_dim=shape["ffn_dim"],
-        text_dim=shape["text_dim"],
-        freq_dim=shape["freq_dim"],
-    )
+    transformer = transformer_config(shape)
     weights = WeightsConfig(root=str(root), transformer={"main": pattern})
     return replace(load_model_config("debug"), name="golden", transformer=transformer, weights=weights, lora=None)
 

@@ -113,7 +113,7 @@ def _job_deadline_s(service: Object) -> float:
     try:
         config = yaml.safe_load(dig(service, "spec", "serveConfigV2", default=""))
     except yaml.YAMLError:
-        return 0.0
+        return 0.0  # said by serve_config_has_rays_form
     return float(dig(config, "applications", 0, "args", "job_deadline_s", default=3600.0))
 
 
