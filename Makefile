@@ -9,7 +9,7 @@ PAIRS ?= 256
 TEXT_PAIRS ?= $(PAIRS)
 GOLDENS ?= tests/goldens
 CRDS ?=
-LOAD ?= --slo configs/loadtest/debug-slo.yaml --alone 4 --rates 1,1.5,2,3 --sweep-jobs 25 --kill-rank-at 150 --saturation 2
+LOAD ?= --slo configs/loadtest/debug-slo.yaml --alone 4 --rates 1,2,3,5 --sweep-jobs 25 --kill-rank-at 150 --saturation 2
 WORKLOAD ?= configs/simulation/example.yaml
 STAMP := $(VENV)/.installed
 
