@@ -25,6 +25,17 @@ STEPS, NUM_JOBS, MOST = 30, 8, 2
 POLICY = {"objective_s": 4, "cold_start_s": 1, "hold_s": 3, "idle_s": 6, "vae_s": 0.2}
 
 
+def replicas():
+    """Number of gangs by state."""
+    return ray_serve.status().applications["pusa"].deployments["Denoiser"].replica_states
+
+
+def wait_for(condition, timeout_s):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.3)
+
+
 class Watch:
     """Counts running gangs until closed.
 
@@ -40,14 +51,9 @@ class Watch:
 
     def _look(self):
         while not self._ended.wait(0.3):
-            states = ray_serve.status().applications["pusa"].deployments["Denoiser"].replica_states
-            if not self.seen or self.seen[-1] != states.get("RUNNING", 0):
-                self.seen.append(states.get("RUNNING", 0))
-
-    def until(self, number, timeout_s):
-        deadline = time.monotonic() + timeout_s
-        while self.seen[-1] != number and time.monotonic() < deadline:
-            time.sleep(0.3)
+            running = replicas().get("RUNNING", 0)
+            if not self.seen or self.seen[-1] != running:
+                self.seen.append(running)
 
     def close(self):
         self._ended.set()
@@ -87,10 +93,10 @@ def test_gangs_go_from_none_to_many_to_none_and_no_job_is_hurt(client, state_dir
         for name in names:
             completed(client, name, 300)
         logger.info("%d jobs in %.1f s", NUM_JOBS, time.monotonic() - began)
-        watch.until(0, 60)
+        wait_for(lambda: not replicas(), 60)  # one that stops still takes jobs for a moment
         # The first after all have gone.
         completed(client, create(client, num_inference_steps=2, num_frames=5), 200)
-        watch.until(1, 30)  # a gang registers, and works, before Serve says that it runs
+        wait_for(lambda: watch.seen[-1] == 1, 30)  # a gang registers, and works, before Serve says that it runs
     finally:
         watch.close()
     logger.info("gangs: %s", watch.seen)
