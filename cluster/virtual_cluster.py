@@ -156,8 +156,6 @@ class _Gang:
     """By which it grows in a step."""
     ends_at: float = 0.0
     """When the running job will have made its last step, as predicted."""
-    next_at: float = -inf
-    """Virtual time of the job that waits for it to end."""
 
 
 class VirtualCluster:
@@ -474,9 +472,9 @@ class VirtualCluster:
             if (start := self._start_of(job)) + job.cost / job.weight <= self._furthest
         ]
         if starts:
-            first, most = min(starts), 2 * len(starts) + 8
+            most = 2 * len(starts) + 8
             names |= {gang.name: None for gang in nlargest(most, gangs, key=self._progress)}
-            ending = (gang.name for gang in gangs if gang.next_at > first and self._is_ending(gang))
+            ending = (gang.name for gang in gangs if len(gang.jobs) == 2 and self._is_ending(gang))
             names |= dict.fromkeys(islice(ending, most))
         return [self._gangs[name] for name in names], len(names) + len(self._fresh)
 
@@ -565,10 +563,6 @@ class VirtualCluster:
             if gang.is_draining:
                 self._forget(gang)
                 return
-        waiting = [
-            job.resident.virtual_time for name, job in gang.jobs.items() if name != gang.running and job.resident
-        ]
-        gang.next_at = waiting[0] if len(waiting) == 1 and not gang.leaving else -inf
         if len(gang.jobs) <= self._max_resident and not gang.is_draining:
             (self._open if gang.jobs else self._idle)[gang.name] = None
 

@@ -71,7 +71,7 @@ HEAD_OF_LINE = Scenario(
 
 TWO_TO_ONE = Scenario(
     name="weights 2:1 under backlog",
-    streams=(Stream(tenant="A", video=USUAL, count=60), Stream(tenant="B", video=USUAL, count=30)),
+    streams=(Stream(tenant="A", video=USUAL, count=40), Stream(tenant="B", video=USUAL, count=20)),
     weights={"A": 2.0, "B": 1.0},
 )
 

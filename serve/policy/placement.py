@@ -156,6 +156,8 @@ class _Board:
         self._promised = set[str]()
         """Tenants with a job whose place is being made: one of theirs that came in before it would put it behind."""
         self._furthest = sorted(busy, key=lambda room: precedence(room.running))
+        self._limit = self._furthest[-1].running if busy else None
+        """The running job that has come furthest: who may interrupt it has a claim to the next step of some gang."""
         self._batch: dict[str, list[_Room]] = {}
         for room in self._furthest:
             if not room.running.claim.is_urgent:
@@ -170,7 +172,7 @@ class _Board:
             if len(room.waiting) == 1 and room.has_place and room.running.claim.num_steps - room.running.step <= 1
         ]
         self._emptying = [room for room in busy if room.num_leaving and not room.waiting]
-        self._last = [(one, room) for room in busy for one in room.waiting if not self._is_interrupting(one, room)]
+        self._last = [(one, room) for room in busy for one in room.waiting if not self._may_stay(one, room)]
         self._last.sort(key=lambda pair: precedence(pair[0]))
 
     def interrupts(self, job: Resident) -> bool:
@@ -220,20 +222,36 @@ class _Board:
     def _is_interrupting(self, job: Resident, room: _Room) -> bool:
         return preempts(job, room.running, self._switch_s)
 
+    def _may_stay(self, job: Resident, room: _Room) -> bool:
+        return self._is_interrupting(job, room) or self._has_claim(job)
+
+    def _has_claim(self, job: Resident) -> bool:
+        return self._limit is not None and preempts(job, self._limit, self._switch_s)
+
     def _overtake(self, job: Resident) -> bool:
-        """Beside the one that is next on a gang that makes a last step, and before it.
+        """On a gang that makes a last step, before the one that is next there.
 
         With many gangs one is always about to be free: the first in order gets it, though others were given theirs
-        ahead of time, and need not wait for the end of a job that has just begun.
+        ahead of time, and need not wait for the end of a job that has just begun. So does one that may interrupt a
+        running job and comes too late for it, because another has.
         """
         for index in range(len(self._ending) - 1, -1, -1):
             next_one, room = self._ending[index]
-            is_first = precedence(job) < precedence(next_one)
-            if is_first and room.fits(job) and room.waiting == [next_one]:
-                del self._ending[index]
-                self._enter(job, room, wait=False)
-                return True
+            if room.waiting != [next_one] or self._rank(job) >= self._rank(next_one):
+                continue
+            if precedence(job) < precedence(next_one):
+                if not room.fits(job):
+                    continue
+            else:  # the gang would begin with the other, wherever the two are together
+                room.waiting.remove(next_one)
+                self.made.append(Release(next_one.job_id, room.gang.name))
+            del self._ending[index]
+            self._enter(job, room, wait=False)
+            return True
         return False
+
+    def _rank(self, job: Resident) -> tuple[bool, tuple[float, bool, bool, float, str]]:
+        return not self._has_claim(job), precedence(job)
 
     def _follow(self, job: Resident) -> bool:
         """After the running job of the gang that is first done with its own, or in the next place that becomes free."""
