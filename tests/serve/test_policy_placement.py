@@ -1,4 +1,4 @@
-from serve.policy.placement import Gang, Place, orders
+from serve.policy.placement import Gang, Place, Release, orders
 from serve.policy.tick import Claim, Resident
 
 
@@ -33,3 +33,16 @@ def test_only_one_more_waits_beside_those_that_the_ranks_hold():
     assert orders([ENDING], [resident("new", 91.0), resident("second", 92.0)])[0] == Place("new", "ending")
     full = Gang(name="full", residents=(*ENDING.residents, resident("new", 91.0)), running="a")
     assert not any(isinstance(order, Place) for order in orders([full], [resident("second", 92.0)]))
+
+
+def test_the_second_of_two_newcomers_goes_before_a_longer_job_that_was_given_its_place_ahead_of_time():
+    furthest = Gang(name="furthest", residents=(resident("f", 98.0, step=2),), running="f")
+    longer = resident("longer", 85.0, num_steps=20)  # ends at 105, the newcomers at 100: where the furthest is
+    ending = Gang(name="ending", residents=(resident("a", 80.0, step=9), longer), running="a")
+    one, two = resident("one", 90.0), resident("two", 90.0)
+    made = orders([furthest, ending], [one, two])
+    assert made == [Place("one", "furthest"), Release("longer", "ending"), Place("two", "ending")]
+    # It does not take the place back.
+    after = Gang(name="ending", residents=(resident("a", 80.0, step=9), two), running="a")
+    full = Gang(name="furthest", residents=(*furthest.residents, one), running="f")
+    assert orders([full, after], [longer]) == []
