@@ -18,6 +18,7 @@ import httpx
 from cluster.chaos.processes import command_of, descendants, resident_mib, role_of
 from cluster.local_service import running_service
 from cluster.orders import Order, completed
+from cluster.verdicts import Figure, are_met, no_growth, table
 
 MAX_GROWTH = 0.05
 SETTLE_S = 3.0
@@ -35,43 +36,12 @@ class Process:
     """Of its own: the object store that it shares is sized, not grown."""
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Of one role."""
-
-    role: str
-    before: float
-    after: float
-    """MiB, over all its processes."""
-
-    @property
-    def by(self) -> float:
-        """As a part of what it was."""
-        return self.after / self.before - 1
-
-    @property
-    def is_met(self) -> bool:
-        """Whether it stayed within the limit."""
-        return self.by <= MAX_GROWTH
-
-
-def growth(before: Iterable[Process], after: Iterable[Process]) -> list[Growth]:
+def growth(before: Iterable[Process], after: Iterable[Process]) -> list[Figure]:
     """What every role that was there before holds now; only processes that were there both times count."""
     lists = [list(before), list(after)]
     both = set.intersection(*({one.pid for one in several} for several in lists))
     was, now = (_by_role(one for one in several if one.pid in both) for several in lists)
-    return [Growth(role, held, now[role]) for role, held in sorted(was.items())]
-
-
-def table(lines: Sequence[Growth]) -> str:
-    """Markdown."""
-    head = "| role | before, MiB | after, MiB | growth | must be | verdict |\n|---|---|---|---|---|---|\n"
-    rows = (
-        f"| {one.role} | {one.before:.0f} | {one.after:.0f} | {one.by:+.1%} | <= {MAX_GROWTH:.0%} "
-        f"| {'ok' if one.is_met else 'MISSED'} |\n"
-        for one in lines
-    )
-    return head + "".join(rows)
+    return [no_growth(role, "resident memory", held, now[role], MAX_GROWTH) for role, held in sorted(was.items())]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(client, range(arguments.early, arguments.jobs))
         lines = growth(before, processes(service.process.pid))
     sys.stdout.write(f"after {arguments.early} jobs and after {arguments.jobs}:\n{table(lines)}")
-    return 0 if all(one.is_met for one in lines) else 1
+    return 0 if are_met(lines) else 1
 
 
 def processes(ancestor: int) -> list[Process]:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from cluster.local_service import running_service
-from cluster.verdicts import Figure, percentile, table
+from cluster.verdicts import Figure, are_met, below, equal, percentile, table, told
 
 MAX_P99_S = 0.25
 SETTINGS = {"denoiser": {"num_replicas": 1, "ulysses_degree": 1}}
@@ -57,20 +57,19 @@ def storm_figures(storm: Storm, num_orders: int, num_jobs: int) -> list[Figure]:
     num_refused = sum(count for status, count in storm.statuses.items() if status >= httpx.codes.INTERNAL_SERVER_ERROR)
     return [
         Figure(name, "connections broken", storm.num_broken, "> 0", storm.num_broken > 0),
-        Figure(name, "distinct jobs told to clients", distinct, f"{num_orders}", distinct == num_orders),
-        Figure(name, "jobs in the service", num_jobs, f"{num_orders}", num_jobs == num_orders),
-        Figure(name, "answers 5xx", num_refused, "0", num_refused == 0),
+        equal(name, "distinct jobs told to clients", distinct, num_orders),
+        equal(name, "jobs in the service", num_jobs, num_orders),
+        equal(name, "answers 5xx", num_refused, 0),
     ]
 
 
 def latency_figures(seconds: Sequence[float], num_failed: int, rate: float) -> list[Figure]:
     """Judge creates at a steady rate, measured from when each was due."""
     name = f"{rate:g} creates a second, gang busy"
-    p99 = percentile(seconds, 0.99)
     return [
-        Figure(name, "p50, seconds", percentile(seconds, 0.5), "-", True),
-        Figure(name, "p99, seconds", p99, f"< {MAX_P99_S:g}", p99 < MAX_P99_S),
-        Figure(name, "not accepted", num_failed, "0", num_failed == 0),
+        told(name, "p50, seconds", percentile(seconds, 0.5)),
+        below(name, "p99, seconds", percentile(seconds, 0.99), MAX_P99_S),
+        equal(name, "not accepted", num_failed, 0),
     ]
 
 
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = asyncio.run(_busy(service.url, arguments.rate, arguments.seconds))
         lines += asyncio.run(_storm(service.url, arguments.clients, arguments.orders))
     sys.stdout.write(table(lines))
-    return 0 if all(one.is_met for one in lines) else 1
+    return 0 if are_met(lines) else 1
 
 
 async def _busy(url: str, rate: float, seconds: float) -> list[Figure]:

@@ -44,11 +44,11 @@ from cluster.chaos.verdict import (
     figures_of_faults,
     figures_of_jobs,
     figures_of_leaks,
-    table,
     table_of_faults,
 )
 from cluster.chaos.workload import NUM_JOBS, TENANTS, orders
 from cluster.local_service import Service, free_port, serve_command, start, stop, wait_until_ready
+from cluster.verdicts import are_met, table
 
 CONFIG = Path(__file__).parents[2] / "configs/serve/chaos.yaml"
 ALL_JOBS_S = 400.0
@@ -240,7 +240,7 @@ def measure(folder: Path) -> bool:
     ]
     say(f"stopped after {time.monotonic() - began:.1f} s\n")
     sys.stdout.write(f"{table_of_faults(struck)}\n{table(lines)}")
-    return all(one.is_met for one in lines)
+    return are_met(lines)
 
 
 def checkpoint_every(config: Path) -> int:

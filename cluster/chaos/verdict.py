@@ -3,7 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.verdicts import Figure, at_most, equal, no_growth, none_of
+
 MAX_MEMORY_GROWTH = 0.1
+_JOBS, _FAULTS, _LEAKS = "jobs", "faults", "left behind"
+"""Parts of the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +66,6 @@ class Remains:
     temporary_files: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One line of the table."""
-
-    what: str
-    value: str
-    must_be: str
-    is_met: bool
-
-
 def figures_of_jobs(
     reference: Sequence[Outcome], disturbed: Sequence[Outcome], num_jobs: int, num_completions: int, k: int
 ) -> Iterator[Figure]:
@@ -85,22 +79,22 @@ def figures_of_jobs(
         k: ``checkpoint_every``.
     """
     completed = [one for one in disturbed if one.status == "completed"]
-    yield _equal("jobs completed", len(completed), num_jobs)
-    yield _equal("jobs in the store", len(disturbed), num_jobs)
-    yield _equal("results published, reference and chaos", num_completions, len(reference) + num_jobs)
+    yield equal(_JOBS, "jobs completed", len(completed), num_jobs)
+    yield equal(_JOBS, "jobs in the store", len(disturbed), num_jobs)
+    yield equal(_JOBS, "results published, reference and chaos", num_completions, len(reference) + num_jobs)
     lost = [one.number for one in reference if one.status != "completed" or one.attempt != 1 or one.num_repeated]
-    yield _none("jobs of the reference that were not undisturbed", lost)
+    yield none_of(_JOBS, "jobs of the reference that were not undisturbed", lost)
     known = {one.number: one.digests for one in reference}
     for variant in ("video", "frames"):
-        equal = sum(
+        num_equal = sum(
             variant in one.digests and one.digests[variant] == known.get(one.number, {}).get(variant)
             for one in disturbed
         )
-        yield _equal(f"{variant} bit-equal to the reference's", equal, num_jobs)
+        yield equal(_JOBS, f"{variant} bit-equal to the reference's", num_equal, num_jobs)
     twice = [one.number for one in disturbed if one.steps_run >= 2 * one.num_steps]
-    yield _none("jobs that ran to the end twice", twice)
+    yield none_of(_JOBS, "jobs that ran to the end twice", twice)
     short = [one.number for one in completed if one.num_repeated < 0]
-    yield _none("jobs completed without all their steps", short)
+    yield none_of(_JOBS, "jobs completed without all their steps", short)
     yield most_repeated(disturbed, k)
 
 
@@ -110,15 +104,14 @@ def most_repeated(disturbed: Sequence[Outcome], k: int) -> Figure:
     above = [one.number for one in disturbed if one.num_repeated > k * one.num_hits]
     most = max(repeated.values(), default=0.0)
     value = f"{most:g}" + (f" (jobs above: {above})" if above else "")
-    return Figure("steps made again per fault that hit the job, at most", value, f"<= k = {k}", not above)
+    return Figure(_JOBS, "steps made again per fault that hit the job, at most", value, f"<= k = {k}", not above)
 
 
 def figures_of_faults(struck: Sequence[Struck], num_faults: int) -> Iterator[Figure]:
     """Whether the run has shown anything."""
-    yield _equal("faults made while jobs ran", len(struck), num_faults)
-    yield _none(
-        "faults that should have hit a job and did not", [f.name for f in struck if f.must_hit and not f.num_hit]
-    )
+    yield equal(_FAULTS, "faults made while jobs ran", len(struck), num_faults)
+    in_vain = [one.name for one in struck if one.must_hit and not one.num_hit]
+    yield none_of(_FAULTS, "faults that should have hit a job and did not", in_vain)
 
 
 def figures_of_leaks(before: Traces, after: Traces, remains: Remains) -> Iterator[Figure]:
@@ -127,29 +120,15 @@ def figures_of_leaks(before: Traces, after: Traces, remains: Remains) -> Iterato
     Memory is judged for growth only: processes that were started again hold less.
     """
     yield _same("processes of the idle service", before.processes, after.processes)
-    yield _at_most("actors", after.actors, before.actors)
-    yield _at_most("placement groups", after.placement_groups, before.placement_groups)
-    yield _none("stray files in the state folder", after.stray_files)
-    grown = {
-        role: mib / before.memory_mib[role] - 1 for role, mib in after.memory_mib.items() if role in before.memory_mib
-    }
-    worst = max(grown, key=lambda role: grown[role])
-    sizes = f"{worst}: {before.memory_mib[worst]:.0f} to {after.memory_mib[worst]:.0f} MiB"
-    yield Figure(
-        "growth of resident memory, of the role that grew most",
-        f"{grown[worst]:+.1%} ({sizes})",
-        f"<= {MAX_MEMORY_GROWTH:.0%}",
-        grown[worst] <= MAX_MEMORY_GROWTH,
-    )
-    yield _none("processes left after the stop", remains.processes)
-    yield _none("temporary files left after the stop", remains.temporary_files)
-
-
-def table(figures: Sequence[Figure]) -> str:
-    """Markdown."""
-    head = "| figure | value | must be | verdict |\n|---|---|---|---|\n"
-    rows = (f"| {one.what} | {one.value} | {one.must_be} | {'ok' if one.is_met else 'MISSED'} |\n" for one in figures)
-    return head + "".join(rows)
+    yield at_most(_LEAKS, "actors", after.actors, before.actors)
+    yield at_most(_LEAKS, "placement groups", after.placement_groups, before.placement_groups)
+    yield none_of(_LEAKS, "stray files in the state folder", after.stray_files)
+    was, now = before.memory_mib, after.memory_mib
+    most = max(was.keys() & now.keys(), key=lambda role: now[role] / was[role])
+    what = f"resident memory of the role that grew most, {most}"
+    yield no_growth(_LEAKS, what, was[most], now[most], MAX_MEMORY_GROWTH)
+    yield none_of(_LEAKS, "processes left after the stop", remains.processes)
+    yield none_of(_LEAKS, "temporary files left after the stop", remains.temporary_files)
 
 
 def table_of_faults(struck: Sequence[Struck]) -> str:
@@ -158,19 +137,7 @@ def table_of_faults(struck: Sequence[Struck]) -> str:
     return head + "".join(f"| {one.name} | {one.num_hit} | {one.whole_after_s:.1f} s |\n" for one in struck)
 
 
-def _equal(what: str, value: int, wanted: int) -> Figure:
-    return Figure(what, f"{value}", f"{wanted}", value == wanted)
-
-
-def _at_most(what: str, value: int, limit: int) -> Figure:
-    return Figure(what, f"{value}", f"<= {limit}", value <= limit)
-
-
 def _same(what: str, before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     differing = {role: after.get(role, 0) for role in {*before, *after} if before.get(role, 0) != after.get(role, 0)}
     value = f"{sum(after.values())}" + (f" ({differing})" if differing else "")
-    return Figure(what, value, f"{sum(before.values())}", not differing)
-
-
-def _none(what: str, found: Sequence[object]) -> Figure:
-    return Figure(what, f"{len(found)}" + (f" {list(found)[:5]}" if found else ""), "0", not found)
+    return Figure(_LEAKS, what, value, f"{sum(before.values())}", not differing)

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.fairness.outcome import jain
 from cluster.loadtest.knee import Point
 from cluster.loadtest.rows import Row
 from cluster.loadtest.slo import Slo
 from cluster.loadtest.statistics import Estimate, mean_estimate, part_estimate, percentile_estimate
-from cluster.outcome import jain
 
 PERCENTILES = (0.5, 0.9, 0.95, 0.99)
 

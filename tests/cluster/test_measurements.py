@@ -33,8 +33,8 @@ def test_this_process_is_found_with_its_memory():
 def test_growth_is_judged_by_role_over_the_processes_that_stayed():
     before = [process(1, "Rank", 100), process(2, "Rank", 100), process(3, "Vae", 100), process(4, "gone", 50)]
     after = [process(1, "Rank", 104), process(2, "Rank", 105), process(3, "Vae", 106), process(5, "new", 50)]
-    found = {one.role: (one.before, one.after, one.is_met) for one in growth(before, after)}
-    assert found == {"Rank": (200, 209, True), "Vae": (100, 106, False)}
+    found = {one.scenario: (one.value, one.is_met) for one in growth(before, after)}
+    assert found == {"Rank": ("+4.5% (200 to 209 MiB)", True), "Vae": ("+6.0% (100 to 106 MiB)", False)}
 
 
 @pytest.mark.parametrize(

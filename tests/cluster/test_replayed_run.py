@@ -8,8 +8,8 @@ import pytest
 
 from cluster.loadtest.rows import Row, write_rows
 from cluster.loadtest.workload import JobClass, Tenant, Workload, write_workload
-from cluster.replayed_run import read_replay
-from cluster.simulation import main
+from cluster.simulation.__main__ import main
+from cluster.simulation.replay import read_replay
 
 WORKLOAD = Workload(
     tenants={"a": Tenant(), "b": Tenant(weight=2.0)},

@@ -8,12 +8,14 @@ import pytest
 
 import configs
 from cluster.autoscaling import Settings
-from cluster.capacity_plan import JobClass, Plan, Pool, Stages, Tenant
-from cluster.event_loop import EventLoop
-from cluster.simulated_pool import serve
-from cluster.simulation import fewest, main
-from cluster.simulation_check import QUEUES, TOLERANCE, erlang_c_latency, queue_ratio
-from cluster.virtual_cluster import Ask, Times, VirtualCluster
+from cluster.simulation.__main__ import main
+from cluster.simulation.answer import fewest
+from cluster.simulation.check import QUEUES, TOLERANCE, erlang_c_latency, queue_ratio
+from cluster.simulation.plan import JobClass, Plan, Pool, Stages, Tenant
+from cluster.simulation.pool import serve
+from cluster.virtual.cluster import VirtualCluster
+from cluster.virtual.event_loop import EventLoop
+from cluster.virtual.job import Ask, Times
 
 EXAMPLE = Path(next(iter(configs.__path__))) / "simulation" / "example.yaml"
 

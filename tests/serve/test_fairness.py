@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cluster.event_loop import EventLoop
-from cluster.virtual_cluster import Ask, Times, VirtualCluster
+from cluster.virtual.cluster import VirtualCluster
+from cluster.virtual.event_loop import EventLoop
+from cluster.virtual.job import Ask, Times
 from serve.policy.priority import PATIENCE_S
 
 runs = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

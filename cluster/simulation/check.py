@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-from cluster.capacity_plan import JobClass, Plan, Pool, Stages, Tenant
-from cluster.event_loop import EventLoop
-from cluster.simulated_pool import serve
-from cluster.verdicts import Figure
-from cluster.virtual_cluster import Ask, Times, VirtualCluster
+from cluster.simulation.plan import JobClass, Plan, Pool, Stages, Tenant
+from cluster.simulation.pool import serve
+from cluster.verdicts import Figure, below, equal, near, told
+from cluster.virtual.cluster import VirtualCluster
+from cluster.virtual.event_loop import EventLoop
+from cluster.virtual.job import Ask, Times
 
 QUEUES = ((4, 0.6), (16, 0.75))
 """Gangs, and the part of their time that is asked for."""
@@ -25,17 +26,15 @@ def check() -> Iterator[Figure]:
     """Every figure, as soon as it is there."""
     for servers, load in QUEUES:
         ratio = queue_ratio(servers, load)
-        allowed = f"{1 - TOLERANCE:g} to {1 + TOLERANCE:g}"
-        what = "mean latency, simulated by known"
-        yield Figure(f"M/M/{servers} at {load:.0%}", what, ratio, allowed, abs(ratio - 1) <= TOLERANCE)
+        yield near(f"M/M/{servers} at {load:.0%}", "mean latency, simulated by known", ratio, TOLERANCE)
     began, began_cpu = time.perf_counter(), time.process_time()
     num_ended = large_run()
     wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     name = f"{NUM_GPUS:,} GPUs"
-    yield Figure(name, "jobs that ended", num_ended, str(NUM_JOBS), num_ended == NUM_JOBS)
+    yield equal(name, "jobs that ended", num_ended, NUM_JOBS)
     # Of processor time, so that a busy machine does not decide.
-    yield Figure(name, "seconds of processor time", cpu_s, f"< {MOST_S:g}", cpu_s < MOST_S)
-    yield Figure(name, "seconds", wall_s, "-", True)
+    yield below(name, "seconds of processor time", cpu_s, MOST_S)
+    yield told(name, "seconds", wall_s)
 
 
 def queue_ratio(servers: int, load: float, num_jobs: int = 15_000, seed: int = 5) -> float:

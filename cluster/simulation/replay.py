@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cluster.event_loop import EventLoop
 from cluster.loadtest.rows import ALONE, TOGETHER, Row, read_rows
 from cluster.loadtest.settings import SettingsError
 from cluster.loadtest.workload import Workload, read_workload
-from cluster.verdicts import Figure, percentile
-from cluster.virtual_cluster import Ask, Times, VirtualCluster
+from cluster.verdicts import Figure, near, percentile, told
+from cluster.virtual.cluster import VirtualCluster
+from cluster.virtual.event_loop import EventLoop
+from cluster.virtual.job import Ask, Times
 
 TOLERANCE = 0.15
 Outage = tuple[float, float]
@@ -114,19 +115,13 @@ def latencies(replay: Replay) -> list[float]:
 def compare(replay: Replay) -> list[Figure]:
     """The run's mean and p95 latency beside the simulated ones."""
     real, simulated = [one.latency_s for one in _completed(replay.rows)], latencies(replay)
-    lines = [Figure("service times", "longer with company", replay.crowded, "-", True)]
+    lines = [told("service times", "longer with company", replay.crowded)]
     for name, of in (("mean", statistics.fmean), ("p95", partial(percentile, part=0.95))):
-        ratio = of(simulated) / of(real)
+        scenario = f"{name} latency"
         lines += [
-            Figure(f"{name} latency", "real, seconds", of(real), "-", True),
-            Figure(f"{name} latency", "simulated, seconds", of(simulated), "-", True),
-            Figure(
-                f"{name} latency",
-                "simulated by real",
-                ratio,
-                f"{1 - TOLERANCE:g} to {1 + TOLERANCE:g}",
-                abs(ratio - 1) <= TOLERANCE,
-            ),
+            told(scenario, "real, seconds", of(real)),
+            told(scenario, "simulated, seconds", of(simulated)),
+            near(scenario, "simulated by real", of(simulated) / of(real), TOLERANCE),
         ]
     return lines
 

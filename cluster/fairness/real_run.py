@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
+from cluster.fairness.outcome import Delivery, Observation, Outcome
+from cluster.fairness.scenario import Scenario, Stream, Video
 from cluster.local_service import running_service, serve_command
-from cluster.outcome import Delivery, Observation, Outcome
-from cluster.workload import Scenario, Stream, Video
 
 SETTINGS: Mapping[str, Any] = {
     "require_keys": True,
@@ -72,7 +72,7 @@ class RealService:
     _idle: dict[Video, list[_Done]] = field(default_factory=dict)
 
     def observe(self, scenario: Scenario) -> Observation:
-        """Run a scenario; see ``cluster.virtual_run.observe``."""
+        """Run a scenario; see ``cluster.fairness.virtual_run.observe``."""
         for tenant, weight in scenario.weights.items():
             serve_command(self.state, "tenants", "set", tenant, "--weight", str(weight))
         return asyncio.run(self._observe(_scaled(scenario)))

@@ -6,10 +6,11 @@ from functools import partial
 from math import inf
 
 from cluster.autoscaling import DENOISER, VAE, Fleet, Settings, State, replicas
-from cluster.capacity_plan import Arrival, Plan, Pool
-from cluster.event_loop import EventLoop
+from cluster.simulation.plan import Arrival, Plan, Pool
 from cluster.verdicts import percentile
-from cluster.virtual_cluster import Ask, Record, Times, VirtualCluster
+from cluster.virtual.cluster import VirtualCluster
+from cluster.virtual.event_loop import EventLoop
+from cluster.virtual.job import Ask, Record, Times
 
 _TICK_S = 15.0
 """Between two decisions of the autoscaling policy."""

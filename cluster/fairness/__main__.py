@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 
-from cluster.outcome import Observation, delivered, jain, longest_wait_steps, slowdown
-from cluster.real_run import real_service
-from cluster.verdicts import Figure, table
-from cluster.virtual_run import observe
-from cluster.workload import FOUR_EQUAL, HEAD_OF_LINE, TWO_TO_ONE, Scenario, crowd
+from cluster.fairness.outcome import Observation, delivered, jain, longest_wait_steps, slowdown
+from cluster.fairness.real_run import real_service
+from cluster.fairness.scenario import FOUR_EQUAL, HEAD_OF_LINE, TWO_TO_ONE, Scenario, crowd
+from cluster.fairness.virtual_run import observe
+from cluster.verdicts import Figure, are_met, at_least, at_most, table, told
 
 MAX_SLOWDOWN = 2.2
 MAX_WAIT_STEPS = 1.0
@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     virtual = [*figures(observe), *crowd_figures(observe, crowd(arguments.gangs, arguments.tenants))]
     wall_s = time.perf_counter() - began
     lines += [_of("virtual", one) for one in virtual]
-    lines.append(Figure("virtual: all", "seconds of wall time", wall_s, f"<= {MAX_WALL_S:g}", wall_s <= MAX_WALL_S))
+    lines.append(at_most("virtual: all", "seconds of wall time", wall_s, MAX_WALL_S))
     sys.stdout.write(table(lines))
-    return 0 if all(one.is_met for one in lines) else 1
+    return 0 if are_met(lines) else 1
 
 
 def _of(kind: str, figure: Figure) -> Figure:
@@ -76,12 +76,9 @@ def _of(kind: str, figure: Figure) -> Figure:
 
 
 def _head_of_line(scenario: str, seen: Observation, tenants: Sequence[str], others: Sequence[str]) -> Iterator[Figure]:
-    latency = slowdown(seen, tenants)
-    yield Figure(scenario, "median latency by idle", latency, f"<= {MAX_SLOWDOWN:g}", latency <= MAX_SLOWDOWN)
+    yield at_most(scenario, "median latency by idle", slowdown(seen, tenants), MAX_SLOWDOWN)
     wait = longest_wait_steps(seen, tenants, others)
-    yield Figure(
-        scenario, "longest wait for the first step, in steps", wait, f"<= {MAX_WAIT_STEPS:g}", wait <= MAX_WAIT_STEPS
-    )
+    yield at_most(scenario, "longest wait for the first step, in steps", wait, MAX_WAIT_STEPS)
     yield from _waits(scenario, seen, tenants)
 
 
@@ -90,8 +87,8 @@ def _waits(scenario: str, seen: Observation, tenants: Sequence[str]) -> Iterator
     waits = [one.waits for one in seen.outcomes if one.tenant in tenants and one.waits]
     for role in waits[0] if waits else ():
         seconds = [one[role] for one in waits]
-        yield Figure(scenario, f"median wait for the {role}, seconds", median(seconds), "-", True)
-        yield Figure(scenario, f"longest wait for the {role}, seconds", max(seconds), "-", True)
+        yield told(scenario, f"median wait for the {role}, seconds", median(seconds))
+        yield told(scenario, f"longest wait for the {role}, seconds", max(seconds))
 
 
 def _share(scenario: str, ratio: float) -> Figure:
@@ -100,8 +97,7 @@ def _share(scenario: str, ratio: float) -> Figure:
 
 
 def _jain(scenario: str, got: Sequence[float]) -> Figure:
-    index = jain(got)
-    return Figure(scenario, "Jain index of equal tenants", index, f">= {MIN_JAIN:g}", index >= MIN_JAIN)
+    return at_least(scenario, "Jain index of equal tenants", jain(got), MIN_JAIN)
 
 
 if __name__ == "__main__":

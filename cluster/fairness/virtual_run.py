@@ -2,10 +2,11 @@
 
 from functools import partial
 
-from cluster.event_loop import EventLoop
-from cluster.outcome import Delivery, Observation, Outcome
-from cluster.virtual_cluster import Ask, Times, VirtualCluster
-from cluster.workload import Scenario, Video
+from cluster.fairness.outcome import Delivery, Observation, Outcome
+from cluster.fairness.scenario import Scenario, Video
+from cluster.virtual.cluster import VirtualCluster
+from cluster.virtual.event_loop import EventLoop
+from cluster.virtual.job import Ask, Times
 from serve.policy.cost import StepShape, step_seconds
 
 
