@@ -46,16 +46,17 @@ class Fault:
 FAULTS = (
     Fault(role="Rank", number=signal.SIGSTOP, is_gang_death=True),
     Fault(role="Dispatcher"),
+    Fault(role="Gateway", must_hit=False),
+    Fault(role="TextEncoder", must_hit=False),
     Fault(role="Denoiser", is_gang_death=True),
     Fault(role="Controller", must_hit=False),
+    Fault(role="Proxy", must_hit=False),
     Fault(role="Vae", moment="decode"),
     Fault(role="Coordinator", is_gang_death=True),
     Fault(role="service"),
-    Fault(role="Gateway", must_hit=False),
     Fault(role="Rank", is_gang_death=True),
-    Fault(role="TextEncoder", must_hit=False),
-    Fault(role="Proxy", must_hit=False),
 )
+"""A gang's death must wait until the jobs on the last one that died have ended: meanwhile the others are made."""
 
 
 class TimedOutError(RuntimeError):
