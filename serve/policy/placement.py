@@ -156,8 +156,8 @@ class _Board:
         self._promised = set[str]()
         """Tenants with a job whose place is being made: one of theirs that came in before it would put it behind."""
         self._furthest = sorted(busy, key=lambda room: precedence(room.running))
-        self._limit = self._furthest[-1].running if busy else None
-        """The running job that has come furthest: who may interrupt it has a claim to the next step of some gang."""
+        self._furthest_job = self._furthest[-1].running if busy else None
+        """That runs: who may interrupt it is owed the next step of some gang."""
         self._batch: dict[str, list[_Room]] = {}
         for room in self._furthest:
             if not room.running.claim.is_urgent:
@@ -223,10 +223,10 @@ class _Board:
         return preempts(job, room.running, self._switch_s)
 
     def _may_stay(self, job: Resident, room: _Room) -> bool:
-        return self._is_interrupting(job, room) or self._has_claim(job)
+        return self._is_interrupting(job, room) or self._is_owed_a_step(job)
 
-    def _has_claim(self, job: Resident) -> bool:
-        return self._limit is not None and preempts(job, self._limit, self._switch_s)
+    def _is_owed_a_step(self, job: Resident) -> bool:
+        return self._furthest_job is not None and preempts(job, self._furthest_job, self._switch_s)
 
     def _overtake(self, job: Resident) -> bool:
         """On a gang that makes a last step, before the one that is next there.
@@ -237,7 +237,7 @@ class _Board:
         """
         for index in range(len(self._ending) - 1, -1, -1):
             next_one, room = self._ending[index]
-            if room.waiting != [next_one] or self._rank(job) >= self._rank(next_one):
+            if room.waiting != [next_one] or self._precedence_here(job) >= self._precedence_here(next_one):
                 continue
             if precedence(job) < precedence(next_one):
                 if not room.fits(job):
@@ -250,8 +250,9 @@ class _Board:
             return True
         return False
 
-    def _rank(self, job: Resident) -> tuple[bool, tuple[float, bool, bool, float, str]]:
-        return not self._has_claim(job), precedence(job)
+    def _precedence_here(self, job: Resident) -> tuple[bool, tuple[float, bool, bool, float, str]]:
+        """Sorts those that want the place of a job that ends: first who is owed a step that another gang makes."""
+        return not self._is_owed_a_step(job), precedence(job)
 
     def _follow(self, job: Resident) -> bool:
         """After the running job of the gang that is first done with its own, or in the next place that becomes free."""
