@@ -15,9 +15,9 @@ from pathlib import Path
 
 import httpx
 
-from cluster.chaos.processes import command_of, descendants, resident_mib, role_of
 from cluster.local_service import running_service
 from cluster.orders import Order, completed
+from cluster.processes import command_of, descendants, resident_mib, role_of
 from cluster.verdicts import Figure, are_met, no_growth, table
 
 MAX_GROWTH = 0.05

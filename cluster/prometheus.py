@@ -5,14 +5,18 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.processes import command_of, roles
 
 JOBS = "ray_video_jobs_total"
 REQUEUED = "ray_video_jobs_requeued_total"
 LATENCY = "ray_video_job_seconds"
 STAGE = "ray_video_stage_seconds"
+STEPS = "ray_video_step_seconds"
 _PREFIX = "ray_video_"
 _OURS = ("outcome", "stage", "reason", "status", "le")
 """Labels that mean something; Ray adds those of the process, which are summed over."""
@@ -82,3 +86,12 @@ def scrape_after(url: str, before: Scrape, num_ended: int) -> Scrape:
         if (found.of(JOBS) or 0.0) >= num_ended or time.monotonic() > deadline:
             return found
         time.sleep(1.0)
+
+
+def metrics_url(service: int) -> str:
+    """Where the Ray below a process shows its metrics: Ray takes any port, and writes it down."""
+    (raylet,) = roles(service)["raylet"]
+    named = dict(one.removeprefix("--").partition("=")[::2] for one in command_of(raylet) if one.startswith("--"))
+    session = Path(named["raylet_socket_name"]).parents[1]
+    port = (session / f"metrics_export_port_{named['node_id']}").read_text().strip()
+    return f"http://127.0.0.1:{port}/metrics"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import ray
 
-from cluster.chaos.processes import roles
+from cluster.processes import roles
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",

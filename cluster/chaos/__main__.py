@@ -4,6 +4,8 @@ Two gangs of the debug model on this machine, three tenants with keys, 20 jobs o
 undisturbed, then the same jobs with the same seeds while every kind of process is killed in turn, a rank is
 stopped, and the whole service is killed and started again on its state folder.
 
+With ``--share-forwards`` all jobs have one shape, and results may differ by what rounding does to a pixel.
+
 Final latents do not leave the service, and it does not keep them: what is compared bit for bit is the
 lossless frames that are decoded from them, and the MP4.
 """
@@ -20,127 +22,47 @@ from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
-from cluster.chaos import processes
+from cluster import processes
 from cluster.chaos.faults import (
     FAULTS,
     Fault,
     NoJobsLeftError,
-    TimedOutError,
     strike,
     wait_for,
     wait_for_moment,
     wait_until_whole,
 )
-from cluster.chaos.held import held_by
-from cluster.chaos.records import JobRecord, count_completions, read_jobs, stray_files
-from cluster.chaos.tenants import Digests, Tenants, job_key, tenants_at_work
+from cluster.chaos.records import JobRecord, count_completions, read_jobs
+from cluster.chaos.sameness import BIT_EQUAL, SHARED_FORWARDS
+from cluster.chaos.service import CONFIG, Chaos, settings_of
+from cluster.chaos.tenants import Results, Tenants, job_key, tenants_at_work
 from cluster.chaos.verdict import (
     Outcome,
-    Remains,
     Struck,
-    Traces,
     figures_of_faults,
     figures_of_jobs,
     figures_of_leaks,
+    forwards_shared,
     table_of_faults,
 )
-from cluster.chaos.workload import NUM_JOBS, TENANTS, orders
-from cluster.local_service import Service, free_port, serve_command, start, stop, wait_until_ready
+from cluster.chaos.workload import NUM_JOBS, orders
+from cluster.orders import Order
 from cluster.verdicts import are_met, table
 
-CONFIG = Path(__file__).parents[2] / "configs/serve/chaos.yaml"
 ALL_JOBS_S = 400.0
 """Longest time for the jobs of a run, or for what is left of them after the last fault."""
-TIDY_S = 90.0
-"""Longest wait for what ends later than the jobs do: the sweep of dead attempts' files comes every 30 seconds."""
-SETTLE_S = 3.0
 
 
-class Chaos:
-    """A service under test, over the lives of its processes.
-
-    Args:
-        folder: for its state and its temporary files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.state = folder / "state"
-        self.temporary = folder / "t"
-        self.temporary.mkdir()
-        self._port = free_port()
-        self.state.mkdir()
-        self.keys = {tenant: serve_command(self.state, "keys", "create", tenant) for tenant in TENANTS}
-        self.service = self._start()
-
-    @property
-    def key(self) -> str:
-        """One of the keys."""
-        return self.keys[TENANTS[0]]
-
-    def wait_until_ready(self) -> None:
-        """See ``cluster.local_service``."""
-        wait_until_ready(self.service, {"Authorization": f"Bearer {self.key}"})
-
-    def kill_and_restart(self) -> int:
-        """SIGKILL the driver and everything it has started, and start the service again on the same state folder."""
-        struck = self.service.process.pid
-        self.service.process.kill()
-        processes.kill_all(os.getpid())
-        self.service.process.wait()
-        self.service = self._start()
-        self.wait_until_ready()
-        return struck
-
-    def traces(self) -> Traces:
-        """What the idle service takes."""
-        wait_for_tidiness(self.state)
-        time.sleep(SETTLE_S)
-        by_role = processes.roles(self.service.process.pid)
-        held = held_by(self.service.process.pid)
-        return Traces(
-            processes={role: len(pids) for role, pids in by_role.items()},
-            placement_groups=held.placement_groups,
-            actors=held.actors,
-            stray_files=stray_files(self.state),
-            memory_mib=processes.memory(by_role),
-        )
-
-    def stop(self) -> Remains:
-        """Stop it as Ctrl-C does; returns what is left then."""
-        stop(self.service)
-        time.sleep(SETTLE_S)
-        processes.reap()
-        left = processes.descendants(os.getpid())
-        return Remains(
-            processes=[" ".join(processes.command_of(pid))[:80] for pid in left],
-            temporary_files=sorted(path.name for path in self.temporary.iterdir() if not _is_cache(path)),
-        )
-
-    def _start(self) -> Service:
-        environment = {**os.environ, "TMPDIR": str(self.temporary)}
-        return start("debug", self.state, ["--config", str(CONFIG)], port=self._port, environment=environment)
-
-
-def wait_for_tidiness(state: Path) -> None:
-    """Give the service the time to remove what nobody needs; what is left after that is judged."""
-    try:
-        wait_for("no stray file", lambda: not stray_files(state), TIDY_S, pause_s=1.0)
-    except TimedOutError as error:
-        say(f"{error}")
-
-
-def undisturbed(chaos: Chaos) -> list[Outcome]:
+def undisturbed(chaos: Chaos, jobs: Mapping[int, Order]) -> list[Outcome]:
     """The reference: every job, and no fault."""
-    with tenants_at_work(chaos.service.url, chaos.keys, orders(), "reference") as tenants:
+    with tenants_at_work(chaos.service.url, chaos.keys, jobs, "reference") as tenants:
         wait_for("the reference's jobs", lambda: tenants.is_done, ALL_JOBS_S)
         return outcomes(chaos.state, "reference", tenants.answers())
 
 
-def disturbed(chaos: Chaos, whole: Mapping[str, int]) -> tuple[list[Outcome], list[Struck]]:
+def disturbed(chaos: Chaos, jobs: Mapping[int, Order], whole: Mapping[str, int]) -> tuple[list[Outcome], list[Struck]]:
     """The same jobs, and every fault."""
-    with tenants_at_work(chaos.service.url, chaos.keys, orders(), "chaos") as tenants:
+    with tenants_at_work(chaos.service.url, chaos.keys, jobs, "chaos") as tenants:
         struck = make_faults(chaos, tenants, whole)
         return outcomes(chaos.state, "chaos", tenants.answers()), struck
 
@@ -195,7 +117,7 @@ def num_hit(before: Mapping[str, JobRecord], after: Mapping[str, JobRecord]) -> 
     return sum(after[name].attempt > one.attempt or after[name].status == "queued" for name, one in in_hand.items())
 
 
-def outcomes(state: Path, run: str, answers: Mapping[int, Digests]) -> list[Outcome]:
+def outcomes(state: Path, run: str, answers: Mapping[int, Results]) -> list[Outcome]:
     """What the store and the tenants say of every job; a row that no tenant asked for is a job, too."""
     numbers = {job_key(run, number): number for number in answers}
     return [
@@ -205,7 +127,7 @@ def outcomes(state: Path, run: str, answers: Mapping[int, Digests]) -> list[Outc
             attempt=record.attempt,
             num_steps=record.num_steps,
             steps_run=record.steps_run,
-            digests=answers[numbers[name]] if name in numbers else {},
+            results=answers[numbers[name]] if name in numbers else {},
         )
         for name, record in read_jobs(state, run).items()
     ]
@@ -217,25 +139,28 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def measure(folder: Path) -> bool:
+def measure(folder: Path, share_forwards: bool) -> bool:
     """Run it all and print; returns whether every figure is met."""
-    k = checkpoint_every(CONFIG)
+    jobs = orders(are_alike=share_forwards)
     say("starting the service ...")
     began = time.monotonic()
-    chaos = Chaos(folder)
+    chaos = Chaos(folder, settings_of(CONFIG, share_forwards))
     chaos.wait_until_ready()
     say(f"ready after {time.monotonic() - began:.1f} s; {NUM_JOBS} jobs, undisturbed ...")
-    reference = undisturbed(chaos)
+    reference = undisturbed(chaos, jobs)
     before = chaos.traces()
+    shared = [forwards_shared(chaos.num_forwards(), sum(one.steps_run for one in reference))] if share_forwards else []
     say(f"done after {time.monotonic() - began:.1f} s; the same {NUM_JOBS} jobs, and {len(FAULTS)} faults ...")
-    found, struck = disturbed(chaos, before.processes)
+    found, struck = disturbed(chaos, jobs, before.processes)
     say(f"every job has ended after {time.monotonic() - began:.1f} s")
     num_completions = count_completions(chaos.state)
     after = chaos.traces()
     remains = chaos.stop()
+    sameness = SHARED_FORWARDS if share_forwards else BIT_EQUAL
     lines = [
         *figures_of_faults(struck, len(FAULTS)),
-        *figures_of_jobs(reference, found, NUM_JOBS, num_completions, k),
+        *figures_of_jobs(reference, found, NUM_JOBS, num_completions, chaos.checkpoint_every, sameness),
+        *shared,
         *figures_of_leaks(before, after, remains),
     ]
     say(f"stopped after {time.monotonic() - began:.1f} s\n")
@@ -243,16 +168,13 @@ def measure(folder: Path) -> bool:
     return are_met(lines)
 
 
-def checkpoint_every(config: Path) -> int:
-    """Steps that a job may lose by a fault."""
-    (application,) = yaml.safe_load(config.read_text())["applications"]
-    return int(application["args"]["denoiser"]["checkpoint_every"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code. Whatever happens, no process stays."""
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="an empty folder with a short name for the state and the log, kept")
+    parser.add_argument(
+        "--share-forwards", action="store_true", help="jobs of one shape, two at a time in a forward: equal to rounding"
+    )
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     processes.adopt_orphans()
@@ -261,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         try:
-            return 0 if measure(folder) else 1
+            return 0 if measure(folder, arguments.share_forwards) else 1
         except KeyboardInterrupt:
             sys.stdout.write("chaos: interrupted\n")
             return 130
@@ -270,11 +192,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         finally:
             processes.kill_all(os.getpid())
-
-
-def _is_cache(path: Path) -> bool:
-    """Whether it is torch's, one folder for an account: not a file of any process."""
-    return path.name.startswith("torchinductor_")
 
 
 def _log_of(folder: Path) -> str:

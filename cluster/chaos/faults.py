@@ -9,8 +9,8 @@ from typing import Literal
 
 import httpx
 
-from cluster.chaos.processes import command_of, roles
 from cluster.chaos.records import JobRecord
+from cluster.processes import command_of, roles
 
 MOMENT_S = 150.0
 """Longest wait for the moment of a fault."""

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.chaos.processes import command_of, roles
+from cluster.processes import command_of, roles
 
 _TIMEOUT_S = 60.0
 

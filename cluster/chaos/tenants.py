@@ -1,6 +1,5 @@
 """What the tenants do: keep a few jobs in the service until all are done, and fetch every result."""
 
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,9 @@ POLL_S = 0.5
 NUM_OPEN = 4
 """Jobs that a tenant has in the service at once: creates and downloads go on through every fault."""
 
-Digests = Mapping[str, str]
-"""SHA-256 of every variant of a job that its tenant has fetched; none of a job that failed."""
+VARIANTS = ("video", "frames")
+Results = Mapping[str, bytes]
+"""Every variant of a job, as its tenant has fetched it; none of a job that failed."""
 
 
 class Tenants:
@@ -49,13 +49,13 @@ class Tenants:
         """Whether every job has ended and was fetched, or a client has given up."""
         return all(one.done() for one in self._working)
 
-    def answers(self) -> dict[int, Digests]:
+    def answers(self) -> dict[int, Results]:
         """What was fetched of every job, by number; to be asked when ``is_done``.
 
         Raises:
             RuntimeError: a client was refused, or gave up.
         """
-        merged: dict[int, Digests] = {}
+        merged: dict[int, Results] = {}
         for one in self._working:
             merged |= one.result()
         return merged
@@ -65,10 +65,10 @@ class Tenants:
         self._stop.set()
         self._threads.shutdown()
 
-    def _work(self, key: str, orders: Mapping[int, Order]) -> dict[int, Digests]:
+    def _work(self, key: str, orders: Mapping[int, Order]) -> dict[int, Results]:
         waiting = deque(orders.items())
         open_jobs: dict[int, str] = {}
-        answers: dict[int, Digests] = {}
+        answers: dict[int, Results] = {}
         transport = PatientTransport(self._stop, PATIENCE_S)
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=self._url, headers=headers, transport=transport, timeout=20) as client:
@@ -101,8 +101,7 @@ def tenants_at_work(url: str, keys: Mapping[str, str], orders: Mapping[int, Orde
         tenants.close()
 
 
-def _fetched(client: httpx.Client, video: Mapping[str, str]) -> Digests:
+def _fetched(client: httpx.Client, video: Mapping[str, str]) -> Results:
     if video["status"] != "completed":
         return {}
-    variants = ("video", "frames")
-    return {name: hashlib.sha256(download(client, video["id"], name)).hexdigest() for name in variants}
+    return {variant: download(client, video["id"], variant) for variant in VARIANTS}

@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.chaos.sameness import BIT_EQUAL, Sameness
 from cluster.verdicts import Figure, at_most, equal, no_growth, none_of
 
 MAX_MEMORY_GROWTH = 0.1
+MIN_FORWARDS, MAX_FORWARDS = 0.5, 0.75
+"""By steps, where jobs share forwards, two at most: a job runs alone where no other is on its gang."""
 _JOBS, _FAULTS, _LEAKS = "jobs", "faults", "left behind"
 """Parts of the table."""
 
@@ -19,8 +22,8 @@ class Outcome:
     attempt: int
     num_steps: int
     steps_run: int
-    digests: Mapping[str, str]
-    """Of what it published, by variant."""
+    results: Mapping[str, bytes]
+    """What it published, by variant."""
 
     @property
     def num_repeated(self) -> int:
@@ -67,7 +70,12 @@ class Remains:
 
 
 def figures_of_jobs(
-    reference: Sequence[Outcome], disturbed: Sequence[Outcome], num_jobs: int, num_completions: int, k: int
+    reference: Sequence[Outcome],
+    disturbed: Sequence[Outcome],
+    num_jobs: int,
+    num_completions: int,
+    k: int,
+    sameness: Sameness = BIT_EQUAL,
 ) -> Iterator[Figure]:
     """What became of the jobs.
 
@@ -77,6 +85,7 @@ def figures_of_jobs(
         num_jobs: that were asked for in each of the two.
         num_completions: how often a result was published, in both together.
         k: ``checkpoint_every``.
+        sameness: what their results must be.
     """
     completed = [one for one in disturbed if one.status == "completed"]
     yield equal(_JOBS, "jobs completed", len(completed), num_jobs)
@@ -84,13 +93,11 @@ def figures_of_jobs(
     yield equal(_JOBS, "results published, reference and chaos", num_completions, len(reference) + num_jobs)
     lost = [one.number for one in reference if one.status != "completed" or one.attempt != 1 or one.num_repeated]
     yield none_of(_JOBS, "jobs of the reference that were not undisturbed", lost)
-    known = {one.number: one.digests for one in reference}
-    for variant in ("video", "frames"):
-        num_equal = sum(
-            variant in one.digests and one.digests[variant] == known.get(one.number, {}).get(variant)
-            for one in disturbed
-        )
-        yield equal(_JOBS, f"{variant} bit-equal to the reference's", num_equal, num_jobs)
+    known = {one.number: one.results for one in reference}
+    for variant, is_same in sameness.by_variant.items():
+        pairs = [(one.results.get(variant), known.get(one.number, {}).get(variant)) for one in disturbed]
+        num_same = sum(ours is not None and theirs is not None and is_same(ours, theirs) for ours, theirs in pairs)
+        yield equal(_JOBS, f"{variant} {sameness.words} the reference's", num_same, num_jobs)
     twice = [one.number for one in disturbed if one.steps_run >= 2 * one.num_steps]
     yield none_of(_JOBS, "jobs that ran to the end twice", twice)
     short = [one.number for one in completed if one.num_repeated < 0]
@@ -105,6 +112,13 @@ def most_repeated(disturbed: Sequence[Outcome], k: int) -> Figure:
     most = max(repeated.values(), default=0.0)
     value = f"{most:g}" + (f" (jobs above: {above})" if above else "")
     return Figure(_JOBS, "steps made again per fault that hit the job, at most", value, f"<= k = {k}", not above)
+
+
+def forwards_shared(num_forwards: float, num_steps: int) -> Figure:
+    """Whether jobs that were to share forwards did: of two together there are half as many as steps."""
+    ratio = num_forwards / num_steps
+    is_met = MIN_FORWARDS <= ratio <= MAX_FORWARDS
+    return Figure(_JOBS, "forwards by steps, undisturbed", ratio, f"{MIN_FORWARDS} to {MAX_FORWARDS}", is_met)
 
 
 def figures_of_faults(struck: Sequence[Struck], num_faults: int) -> Iterator[Figure]:

@@ -14,13 +14,17 @@ _SIZES = (((320, 208), 33), ((256, 192), 49), ((352, 240), 33), ((208, 176), 65)
 _STEPS = (50, 42, 46, 38)
 
 
-def orders() -> Mapping[int, Order]:
-    """The jobs by their number; job n is asked for by tenant n modulo three."""
-    return {number: _order(number) for number in range(NUM_JOBS)}
+def orders(are_alike: bool = False) -> Mapping[int, Order]:
+    """The jobs by their number; job n is asked for by tenant n modulo three.
+
+    Args:
+        are_alike: of one shape and strength, all with guidance, so that any two may share a forward.
+    """
+    return {number: _order(number, are_alike) for number in range(NUM_JOBS)}
 
 
-def _order(number: int) -> Order:
-    (width, height), num_frames = _SIZES[number % 4]
+def _order(number: int, is_alike: bool) -> Order:
+    (width, height), num_frames = _SIZES[0 if is_alike else number % 4]
     last = (num_frames - 1) // 4
     frames = _frames(number, width, height)
     start, end = png("start.png", frames[0]), png("end.png", frames[-1])
@@ -35,8 +39,8 @@ def _order(number: int) -> Order:
         "num_frames": num_frames,
         "num_inference_steps": _STEPS[number // 5],
         # Alone, a job without guidance and a job of another strength: a gang changes between them.
-        "guidance_scale": 1.0 if number % 7 == 6 else 5.0,
-        "lora_alpha": 1.0 if number % 6 == 5 else 1.4,
+        "guidance_scale": 1.0 if number % 7 == 6 and not is_alike else 5.0,
+        "lora_alpha": 1.0 if number % 6 == 5 and not is_alike else 1.4,
         # Only the last: a job that waits behind all others after a gang's death keeps the next one from being made.
         "priority": "batch" if number == NUM_JOBS - 1 else "interactive",
     }

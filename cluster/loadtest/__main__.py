@@ -20,7 +20,7 @@ from types import FrameType
 
 import httpx
 
-from cluster.chaos import processes
+from cluster import processes
 from cluster.loadtest.drive import Target
 from cluster.loadtest.keys import read_keys
 from cluster.loadtest.local import own_service, ranks_per_gang

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cluster.loadtest.prometheus import JOBS, LATENCY, REQUEUED, STAGE, Scrape
 from cluster.loadtest.rows import Row
+from cluster.prometheus import JOBS, LATENCY, REQUEUED, STAGE, Scrape
 
 MAX_SHIFT = 0.05
 """Largest difference of the parts of the jobs below a bound."""

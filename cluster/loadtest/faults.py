@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 
 from cluster.chaos.faults import Fault, strike
-from cluster.chaos.processes import roles
+from cluster.processes import roles
 
 RANK = Fault(role="Rank", is_gang_death=True)
 _WHOLE_S = 180.0

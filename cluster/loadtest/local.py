@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from cluster.chaos.processes import command_of, roles
 from cluster.loadtest.drive import Target
 from cluster.loadtest.settings import require
 from cluster.loadtest.workload import Tenant
 from cluster.local_service import running_service, serve_command
+from cluster.prometheus import metrics_url
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +43,6 @@ def own_service(model: str, config: Path, state: Path, tenants: Mapping[str, Ten
     with running_service(model, state, ["--config", str(config)], headers=headers) as service:
         pid = service.process.pid
         yield Local(target=Target(url=service.url, keys=keys), pid=pid, metrics_url=metrics_url(pid))
-
-
-def metrics_url(service: int) -> str:
-    """Where the Ray below a process shows its metrics: Ray takes any port, and writes it down."""
-    (raylet,) = roles(service)["raylet"]
-    named = dict(one.removeprefix("--").partition("=")[::2] for one in command_of(raylet) if one.startswith("--"))
-    session = Path(named["raylet_socket_name"]).parents[1]
-    port = (session / f"metrics_export_port_{named['node_id']}").read_text().strip()
-    return f"http://127.0.0.1:{port}/metrics"
 
 
 def ranks_per_gang(config: Path) -> int:

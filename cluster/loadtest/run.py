@@ -16,7 +16,6 @@ from cluster.loadtest.drive import LEAD_S, Run, Target, drive
 from cluster.loadtest.faults import Struck, kill_rank
 from cluster.loadtest.knee import Point, knee
 from cluster.loadtest.orders import forms
-from cluster.loadtest.prometheus import Scrape, scrape, scrape_after
 from cluster.loadtest.report import Report
 from cluster.loadtest.rows import ALONE, TOGETHER, Row, write_rows
 from cluster.loadtest.saturation import Generation, Round, measure, overall_ratio
@@ -26,6 +25,7 @@ from cluster.loadtest.summary import point, summarise
 from cluster.loadtest.verdict import verdict
 from cluster.loadtest.workload import Workload, write_workload
 from cluster.orders import served_model
+from cluster.prometheus import Scrape, scrape, scrape_after
 
 SETTLE_S = 3.0
 """Between two runs, so that none begins with the other's last work."""

@@ -1,17 +1,20 @@
 """The verdict on a run of ``make chaos``, and the pure parts around it: no service, no Ray."""
 
+import io
 import threading
+import zipfile
 from dataclasses import replace
 
 import httpx
+import numpy as np
 import pytest
-import yaml
 
-from cluster.chaos.__main__ import CONFIG, checkpoint_every, num_hit
+from cluster.chaos.__main__ import num_hit
 from cluster.chaos.faults import FAULTS, Fault, NoJobsLeftError, TimedOutError, wait_for, wait_for_moment
 from cluster.chaos.patience import GaveUpError, PatientTransport
-from cluster.chaos.processes import role_of
 from cluster.chaos.records import JobRecord
+from cluster.chaos.sameness import SHARED_FORWARDS, levels
+from cluster.chaos.service import CONFIG, settings_of
 from cluster.chaos.verdict import (
     Outcome,
     Remains,
@@ -20,9 +23,13 @@ from cluster.chaos.verdict import (
     figures_of_faults,
     figures_of_jobs,
     figures_of_leaks,
+    forwards_shared,
 )
 from cluster.chaos.workload import NUM_JOBS, TENANTS, orders
+from cluster.orders import png
+from cluster.processes import role_of
 from cluster.verdicts import table
+from serve.config import ServeConfig
 
 K = 4
 CALM = [
@@ -32,7 +39,7 @@ CALM = [
         attempt=1,
         num_steps=50,
         steps_run=50,
-        digests={"video": f"v{n}", "frames": f"f{n}"},
+        results={"video": f"v{n}".encode(), "frames": f"f{n}".encode()},
     )
     for n in range(3)
 ]
@@ -62,9 +69,9 @@ def test_jobs_that_lost_at_most_k_steps_to_every_fault_that_hit_them_are_well():
 @pytest.mark.parametrize(
     ("change", "misses"),
     [
-        ({"status": "failed", "digests": {}}, ["jobs completed", "video bit-equal", "frames bit-equal"]),
-        ({"digests": {"video": "v0", "frames": "other"}}, ["frames bit-equal"]),
-        ({"digests": {"frames": "f0"}}, ["video bit-equal"]),
+        ({"status": "failed", "results": {}}, ["jobs completed", "video bit-equal", "frames bit-equal"]),
+        ({"results": {"video": b"v0", "frames": b"other"}}, ["frames bit-equal"]),
+        ({"results": {"frames": b"f0"}}, ["video bit-equal"]),
         ({"steps_run": 50 + 2 * K + 1}, ["steps made again"]),
         ({"attempt": 1, "steps_run": 51}, ["steps made again"]),
         ({"attempt": 20, "steps_run": 100}, ["jobs that ran to the end twice"]),
@@ -79,7 +86,7 @@ def test_what_one_job_may_not_do_is_found(change, misses):
 
 def test_a_job_that_is_missing_or_made_twice_or_published_twice_is_found():
     assert "jobs completed" in judged(HIT[:2])
-    assert judged([*HIT, replace(CALM[2], number=-1, status="queued", digests={})]) == ["jobs in the store"]
+    assert judged([*HIT, replace(CALM[2], number=-1, status="queued", results={})]) == ["jobs in the store"]
     assert judged(HIT, num_completions=7) == ["results published, reference and chaos"]
 
 
@@ -166,9 +173,37 @@ def test_the_jobs_are_the_same_every_time_and_of_every_task():
 def test_every_role_of_the_service_dies_and_k_is_the_configuration_s():
     roles = {"Rank", "Coordinator", "Denoiser", "Dispatcher", "Gateway", "Vae", "TextEncoder", "Proxy", "Controller"}
     assert {fault.role for fault in FAULTS} == roles | {"service"}
-    (application,) = yaml.safe_load(CONFIG.read_text())["applications"]
-    assert checkpoint_every(CONFIG) == application["args"]["denoiser"]["checkpoint_every"] == K
-    assert "shared_forward_max_tokens" not in application["args"]["denoiser"]
+    denoiser = settings_of(CONFIG, share_forwards=False)["denoiser"]
+    assert denoiser["checkpoint_every"] == K
+    assert "shared_forward_max_tokens" not in denoiser
+
+
+def test_forwards_are_shared_by_jobs_that_are_alike_where_that_is_asked_for():
+    settings = ServeConfig(**settings_of(CONFIG, share_forwards=True))
+    jobs = orders(are_alike=True)
+    assert {(one.size, *(one.settings[name] for name in ("num_frames", "guidance_scale", "lora_alpha")))
+            for one in jobs.values()} == {("320x208", 33, 5.0, 1.4)}  # fmt: skip
+    assert settings.denoiser.shared_forward_max_tokens >= 2 * (33 // 4 + 1) * (320 // 16) * (208 // 16)
+    assert settings.denoiser.max_resident == 2
+    assert [forwards_shared(count, 100).is_met for count in (49, 50, 75, 76, 100)] == [False, True, True, False, False]
+
+
+def test_frames_of_jobs_that_shared_forwards_may_differ_by_a_level():
+    frames = np.full((2, 4, 4, 3), 100, np.uint8)
+    ours = zipped(frames)
+    is_same = SHARED_FORWARDS.by_variant["frames"]
+    assert [is_same(ours, zipped(frames + more)) for more in (0, 1, 2)] == [True, True, False]
+    assert levels(zipped(frames - 1), ours) == 1
+    assert not is_same(ours, zipped(frames[:1]))
+    assert list(SHARED_FORWARDS.by_variant) == ["frames"]
+
+
+def zipped(frames):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as pictures:
+        for number, frame in enumerate(frames):
+            pictures.writestr(f"{number:05d}.png", png("", frame).data)
+    return buffer.getvalue()
 
 
 def record(key, **values):

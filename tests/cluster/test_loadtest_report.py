@@ -12,7 +12,6 @@ from cluster.loadtest.audit import Listed, audit
 from cluster.loadtest.faults import Struck
 from cluster.loadtest.knee import Point, knee
 from cluster.loadtest.plots import draw
-from cluster.loadtest.prometheus import JOBS, LATENCY, REQUEUED, STAGE, Scrape, parse
 from cluster.loadtest.report import Report, as_json, headlines, markdown
 from cluster.loadtest.rows import Row, read_rows, write_rows
 from cluster.loadtest.saturation import Round, overall_ratio
@@ -20,6 +19,7 @@ from cluster.loadtest.slo import Objective, Slo
 from cluster.loadtest.statistics import mean_estimate, part_estimate, percentile_estimate
 from cluster.loadtest.summary import peak_in_flight, point, summarise
 from cluster.loadtest.verdict import verdict
+from cluster.prometheus import JOBS, LATENCY, REQUEUED, STAGE, Scrape, parse
 
 SLO = Slo(classes={"draft": Objective(latency_s=2.0, attainment=0.9)}, min_jain=0.9, max_reject_rate=0.1)
 

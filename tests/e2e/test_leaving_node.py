@@ -17,8 +17,8 @@ import ray
 from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
 
-from cluster.chaos.processes import descendants
 from cluster.local_service import free_port
+from cluster.processes import descendants
 from serve.app import build_app
 from serve.config import DenoiserConfig, ServeConfig
 from serve.store.jobs import JobStore
