@@ -18,7 +18,7 @@ from cluster.local_service import local_service
 from cluster.orders import served_model
 from cluster.quality.run import adaptation_cost, answers, grid
 from cluster.quality.table import Row, markdown, rows
-from cluster.quality.tasks import Pair, held_out_pairs, questions
+from cluster.quality.tasks import TASKS, Pair, held_out_pairs, questions
 
 LEAST_PAIRS = 256
 FIRST_SEED = 20_000
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     pairs = held_out_pairs(options.pairs, options.first_seed)
     text_pairs = held_out_pairs(options.text_pairs or options.pairs, options.first_seed)
+    tasks = [task for task in TASKS if not options.task or task.name in options.task]
     began = time.monotonic()
     models, outcomes = {}, {}
     for column in ("base", "adapted"):
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _service(name, url, options.config) as client:
             models[column] = served_model(client)
             print(f"{models[column]['id']}, revision {models[column]['pusa']['revision']}", file=sys.stderr)
-            outcomes[column], pictures = answers(client, questions(pairs, text_pairs), options.in_flight)
+            outcomes[column], pictures = answers(client, questions(pairs, text_pairs, tasks), options.in_flight)
         for task, frames in pictures.items():
             path = options.out / models[column]["id"] / f"{task.replace(', ', '-').replace(' ', '-')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quality", description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="scenes and seeds a row (default: %(default)s)")
     parser.add_argument("--text-pairs", type=int, help="the same for text-to-video (default: as --pairs)")
+    parser.add_argument(
+        "--task",
+        action="append",
+        choices=[task.name for task in TASKS],
+        help="only this one; may be given several times",
+    )
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first (default: %(default)s)")
     parser.add_argument("--base", default="tiny-base", help="model of the first column (default: %(default)s)")
     parser.add_argument("--adapted", default="tiny", help="model of the second column (default: %(default)s)")

@@ -5,8 +5,9 @@ target, ``not reached`` if the measured value is below it, and ``open`` if the v
 interval does not: then only more pairs can tell.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 from cluster.quality.intervals import Estimate, difference, mean, proportion
@@ -69,24 +70,26 @@ _EXTENSION = "extension: speed and direction of the given clip continued, within
 
 
 def rows(base: Outcomes, adapted: Outcomes, adaptation_cost: float | None) -> list[Row]:
-    """The table.
+    """The table, without the rows of tasks that were not asked.
 
     Args:
         base: outcomes of the model alone.
         adapted: outcomes of the adapted model on the same pairs.
         adaptation_cost: samples seen by the adaptation over those seen by base training; None: not recorded.
     """
-    return [
-        _reconstruction(base["reconstruction"], adapted["reconstruction"]),
-        _text(base["text, 10 steps"], adapted["text, 10 steps"]),
-        _given_frame(base, adapted),
-        _kept(base["image"], adapted["image"]),
-        _kept(base["image, multiplier 0"], adapted["image, multiplier 0"], note=", at multiplier 0"),
-        _adapted(_START_END, base["start and end"], adapted["start and end"], 0.80),
-        _adapted(_EXTENSION, base["extension"], adapted["extension"], 0.75),
-        _steps(base, adapted),
-        _cost(adaptation_cost),
-    ]
+    by_tasks: Sequence[tuple[tuple[str, ...], Callable[..., Row]]] = (
+        (("reconstruction",), _reconstruction),
+        (("text, 10 steps",), _text),
+        (("image, multiplier 0", "still"), _given_frame),
+        (("image",), _kept),
+        (("image, multiplier 0",), partial(_kept, note=", at multiplier 0")),
+        (("start and end",), partial(_adapted, _START_END, share=0.80)),
+        (("extension",), partial(_adapted, _EXTENSION, share=0.75)),
+        (("text, 10 steps", "text, 50 steps"), _steps),
+    )
+    asked = [(tasks, row) for tasks, row in by_tasks if base.keys() >= set(tasks)]
+    found = [row(*(side[task] for task in tasks for side in (base, adapted))) for tasks, row in asked]
+    return [*found, _cost(adaptation_cost)]
 
 
 def _reconstruction(base: Sequence[Outcome], adapted: Sequence[Outcome]) -> Row:
@@ -113,8 +116,10 @@ def _text(base: Sequence[Outcome], adapted: Sequence[Outcome]) -> Row:
     )
 
 
-def _given_frame(base: Outcomes, adapted: Outcomes) -> Row:
-    sides = [_honoured(side) for side in (base, adapted)]
+def _given_frame(
+    base: Sequence[Outcome], adapted: Sequence[Outcome], base_stills: Sequence[Outcome], stills: Sequence[Outcome]
+) -> Row:
+    sides = [_honoured(base, base_stills), _honoured(adapted, stills)]
     exact = [[one["exact"] for one in side] for side in sides]
     near = [[one["exact"] and one["near"] for one in side] for side in sides]
     cells = [f"{_share(n)}; bit-equal {sum(e)} of {len(e)}" for n, e in zip(near, exact, strict=True)]
@@ -127,9 +132,8 @@ def _given_frame(base: Outcomes, adapted: Outcomes) -> Row:
     )
 
 
-def _honoured(outcomes: Outcomes) -> list[Outcome]:
+def _honoured(videos: Sequence[Outcome], stills: Sequence[Outcome]) -> list[Outcome]:
     """Whether frame 0 is, pixel for pixel, the VAE's own round trip of the given frame; and what followed."""
-    videos, stills = outcomes["image, multiplier 0"], outcomes["still"]
     return [
         {"exact": video["first_frame"] == still["first_frame"], "near": video["near"]}
         for video, still in zip(videos, stills, strict=True)
@@ -157,8 +161,10 @@ def _adapted(measure: str, base: Sequence[Outcome], adapted: Sequence[Outcome], 
     )
 
 
-def _steps(base: Outcomes, adapted: Outcomes) -> Row:
-    few, many = ([_right(side[f"text, {steps} steps"]) for side in (base, adapted)] for steps in (10, 50))
+def _steps(
+    base: Sequence[Outcome], adapted: Sequence[Outcome], base_many: Sequence[Outcome], adapted_many: Sequence[Outcome]
+) -> Row:
+    few, many = [_right(base), _right(adapted)], [_right(base_many), _right(adapted_many)]
     cells = [f"{_share(a)} against {_share(b)}" for a, b in zip(few, many, strict=True)]
     return Row(
         measure="10 steps against 50 steps, text-to-video accuracy",

@@ -223,9 +223,11 @@ TASKS: Sequence[Task] = (
 )
 
 
-def questions(pairs: Sequence[Pair], text_pairs: Sequence[Pair]) -> list[tuple[Task, Pair]]:
+def questions(
+    pairs: Sequence[Pair], text_pairs: Sequence[Pair], tasks: Sequence[Task] = TASKS
+) -> list[tuple[Task, Pair]]:
     """Every task for every pair; text-to-video, where small differences are judged, for pairs of its own."""
-    return [(task, pair) for task in TASKS for pair in (text_pairs if task.judge is judge_text else pairs)]
+    return [(task, pair) for task in tasks for pair in (text_pairs if task.judge is judge_text else pairs)]
 
 
 def _is_object(seen: Sight | None, truth: Scene) -> bool:

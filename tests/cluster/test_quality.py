@@ -264,6 +264,25 @@ def test_the_table_has_a_line_a_measure():
     assert [row.verdict for row in no_better].count("not reached") == 2
 
 
+def test_one_task_alone_gives_its_row_and_no_other():
+    outcomes = {"image": [{"right": True}] * 256}
+    (row, cost) = rows({"image": [{"right": False}] * 256}, outcomes, adaptation_cost=0.08)
+    assert row.measure.startswith("image-to-video: right object kept")
+    assert (row.verdict, cost.verdict) == ("reached", "reached")
+
+
+def test_the_command_asks_only_for_the_tasks_that_are_named(tmp_path, monkeypatch, capsys):
+    with painting_service(tmp_path / "state") as service:
+        monkeypatch.setattr(command, "_service", lambda *_: _entered(service.client))
+        command.main(["--pairs", "1", "--task", "image", "--task", "extension", "--out", str(tmp_path / "out")])
+    kept = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert kept["outcomes"]["base"].keys() == {"image", "extension"}
+    assert len(kept["rows"]) == 3
+    with pytest.raises(SystemExit):
+        command.main(["--task", "picture"])
+    assert "image" in capsys.readouterr().err
+
+
 def test_the_command_measures_given_services_and_says_so_by_its_exit_code(tmp_path, monkeypatch, capsys):
     with painting_service(tmp_path / "state") as service:
         monkeypatch.setattr(command, "_service", lambda *_: _entered(service.client))
