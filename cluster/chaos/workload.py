@@ -24,7 +24,7 @@ def orders(are_alike: bool = False) -> Mapping[int, Order]:
 
 
 def _order(number: int, is_alike: bool) -> Order:
-    (width, height), num_frames = _SIZES[0 if is_alike else number % 4]
+    (width, height), num_frames = _SIZES[2 if is_alike else number % 4]
     last = (num_frames - 1) // 4
     frames = _frames(number, width, height)
     start, end = png("start.png", frames[0]), png("end.png", frames[-1])

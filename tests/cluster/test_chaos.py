@@ -182,8 +182,8 @@ def test_forwards_are_shared_by_jobs_that_are_alike_where_that_is_asked_for():
     settings = ServeConfig(**settings_of(CONFIG, share_forwards=True))
     jobs = orders(are_alike=True)
     assert {(one.size, *(one.settings[name] for name in ("num_frames", "guidance_scale", "lora_alpha")))
-            for one in jobs.values()} == {("320x208", 33, 5.0, 1.4)}  # fmt: skip
-    assert settings.denoiser.shared_forward_max_tokens >= 2 * (33 // 4 + 1) * (320 // 16) * (208 // 16)
+            for one in jobs.values()} == {("352x240", 33, 5.0, 1.4)}  # fmt: skip
+    assert settings.denoiser.shared_forward_max_tokens >= 2 * (33 // 4 + 1) * (352 // 16) * (240 // 16)
     assert settings.denoiser.max_resident == 2
     assert [forwards_shared(count, 100).is_met for count in (49, 50, 75, 76, 100)] == [False, True, True, False, False]
 
