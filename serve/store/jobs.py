@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import asdict, fields
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from serve.policy.cost import Backlog
@@ -159,15 +159,20 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
 
     def request_cancel(self, tenant: str, job_id: str) -> Job | None:
         """Cancel a queued job at once; ask for one in progress; leave a finished one as it is."""
-        cancel_now = and_(_owned(tenant, job_id), jobs.c.status == "queued")
-        cancel_soon = and_(_owned(tenant, job_id), jobs.c.status == "in_progress")
         now = self._clock()
+        live = and_(_owned(tenant, job_id), jobs.c.status.in_(("queued", "in_progress")))
+        # One statement for both: between two, a job may be put back in the queue, and neither would find it.
+        is_queued = jobs.c.status == "queued"
+        stopped = {
+            "status": case((is_queued, "cancelled"), else_=jobs.c.status),
+            "completed_at": case((is_queued, now), else_=jobs.c.completed_at),
+            "cancel_requested": True,
+        }
         with self._writing(durably=True) as connection:
-            ended = {"status": "cancelled", "completed_at": now, "cancel_requested": True}
-            if connection.execute(update(jobs).where(cancel_now).values(ended)).rowcount == 1:
-                owe_delivery(connection, job_id, now)
-            else:
-                connection.execute(update(jobs).where(cancel_soon).values(cancel_requested=True))
+            if connection.execute(update(jobs).where(live).values(stopped)).rowcount == 1:
+                status = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one()
+                if status == "cancelled":
+                    owe_delivery(connection, job_id, now)
         return self.get(tenant, job_id)
 
     def counts(self) -> dict[Status, int]:

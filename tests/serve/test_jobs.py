@@ -246,6 +246,24 @@ def test_a_long_queue_hides_no_other_tenant_class_or_model(store: JobStore) -> N
     assert waiting[3:] == late
 
 
+def test_a_cancel_that_meets_a_requeue_is_not_lost(store: JobStore, database_url: str) -> None:
+    other, together = JobStore(database_url), threading.Barrier(2)
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(40):
+            job = claimed(store)
+
+            def requeue(job: Job = job) -> None:
+                together.wait(30)
+                other.requeue(job.id, job.attempt, gang_died=False)
+
+            requeued = thread.submit(requeue)
+            together.wait(30)
+            store.request_cancel("a", job.id)
+            requeued.result()
+            assert job_of(store, job).status == "cancelled"
+    other.close()
+
+
 def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
     job = new_job()
     store.create(job)
