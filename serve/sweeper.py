@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -41,7 +41,7 @@ class Swept:
     """Jobs removed with their files."""
     tidied: int = 0
     """Ended jobs whose leftovers were looked for."""
-    failed: int = 0
+    failed: frozenset[str] = frozenset()
     """Jobs whose files could not be removed; they are tried again."""
 
 
@@ -60,14 +60,19 @@ async def keep_sweeping(
         period_s: between the end of one sweep and the next.
         clock: Unix seconds.
         leftovers_age_s: see ``sweep``.
+
+    Jobs whose files could not be removed are left alone until the next hour.
     """
     next_orphans = 0.0
+    put_off: frozenset[str] = frozenset()
     while True:
         try:
-            await asyncio.to_thread(sweep, store, artifacts, clock(), leftovers_age_s)
+            swept = await asyncio.to_thread(sweep, store, artifacts, clock(), leftovers_age_s, put_off)
+            put_off |= swept.failed
             if time.monotonic() >= next_orphans:
                 await asyncio.to_thread(sweep_orphans, store, artifacts, clock())
                 next_orphans = time.monotonic() + ORPHANS_PERIOD_S
+                put_off = frozenset()
         except (StorageError, DBAPIError) as error:  # it may be back the next time
             logger.warning("the sweep is put off: %s", error)
         except Exception:  # the outermost loop: a bug here must not end the service's own loop
@@ -75,7 +80,13 @@ async def keep_sweeping(
         await asyncio.sleep(period_s)
 
 
-def sweep(store: JobStore, artifacts: ArtifactStore, now: float, leftovers_age_s: float = LEFTOVERS_AGE_S) -> Swept:
+def sweep(
+    store: JobStore,
+    artifacts: ArtifactStore,
+    now: float,
+    leftovers_age_s: float = LEFTOVERS_AGE_S,
+    but_not: Collection[str] = (),
+) -> Swept:
     """Remove jobs whose time is over, leftovers of jobs that have ended, and old deliveries. Blocks.
 
     Args:
@@ -83,6 +94,7 @@ def sweep(store: JobStore, artifacts: ArtifactStore, now: float, leftovers_age_s
         artifacts: of their files.
         now: Unix seconds.
         leftovers_age_s: what dead attempts left is removed this long after their job has ended.
+        but_not: jobs whose files could not be removed a moment ago, which must not keep the others' from it.
     """
 
     def forget(job: Job) -> None:
@@ -93,12 +105,12 @@ def sweep(store: JobStore, artifacts: ArtifactStore, now: float, leftovers_age_s
         artifacts.delete_others(job_prefix(job.id), published_keys(job))
         store.mark_swept(job.id)
 
-    forgotten, failures = _each(store.expired_jobs(now, _PAGE), forget)
-    tidied, more_failures = _each(store.unswept_jobs(now - leftovers_age_s, _PAGE), tidy)
+    forgotten, failures = _each(store.expired_jobs(now, _PAGE, but_not), forget)
+    tidied, more_failures = _each(store.unswept_jobs(now - leftovers_age_s, _PAGE, but_not), tidy)
     store.forget_deliveries(now - DELIVERIES_AGE_S)
     if forgotten:
         logger.info("%d jobs were past their time and are forgotten", forgotten)
-    return Swept(forgotten=forgotten, tidied=tidied, failed=failures + more_failures)
+    return Swept(forgotten=forgotten, tidied=tidied, failed=failures | more_failures)
 
 
 def sweep_orphans(store: JobStore, artifacts: ArtifactStore, now: float) -> int:
@@ -153,20 +165,22 @@ def published_keys(job: Job) -> set[str]:
     return keys if job.preview_key is None else keys | {job.preview_key}
 
 
-def _each(jobs: list[Job], do: Callable[[Job], None]) -> tuple[int, int]:
-    """Do it to each job, and count those for which it worked and did not."""
-    done = failed = in_a_row = 0
+def _each(jobs: list[Job], do: Callable[[Job], None]) -> tuple[int, frozenset[str]]:
+    """Do it to each job; returns for how many it worked, and for which it did not."""
+    done = in_a_row = 0
+    failed = set[str]()
     for job in jobs:
         try:
             do(job)
         except StorageError as error:
             logger.warning("files of job %s cannot be removed now: %s", job.id, error)
-            failed, in_a_row = failed + 1, in_a_row + 1
+            failed.add(job.id)
+            in_a_row += 1
             if in_a_row == _MAX_FAILURES:
                 break
         else:
             done, in_a_row = done + 1, 0
-    return done, failed
+    return done, frozenset(failed)
 
 
 def _pages(job_ids: Iterator[str]) -> Iterator[list[str]]:

@@ -23,14 +23,16 @@ NOBODY = ""
 class Expiry(Database):
     """What the sweeper and the command that erases a tenant ask of the database."""
 
-    def expired_jobs(self, now: float, limit: int) -> list[Job]:
-        """Ended jobs whose time is over, or whose tenant was erased; longest over first."""
+    def expired_jobs(self, now: float, limit: int, but_not: Collection[str] = ()) -> list[Job]:
+        """Ended jobs whose time is over, or whose tenant was erased, but not these; longest over first."""
         over = or_(jobs.c.expires_at < now, jobs.c.tenant == NOBODY)
-        return self._jobs(and_(jobs.c.status.in_(FINAL), over), jobs.c.expires_at, limit)
+        wanted = and_(jobs.c.status.in_(FINAL), over, jobs.c.id.not_in(list(but_not)))
+        return self._jobs(wanted, jobs.c.expires_at, limit)
 
-    def unswept_jobs(self, ended_before: float, limit: int) -> list[Job]:
-        """Ended jobs whose dead attempts' files nobody has removed yet."""
-        unswept = and_(jobs.c.status.in_(FINAL), jobs.c.is_swept.is_(False), jobs.c.completed_at < ended_before)
+    def unswept_jobs(self, ended_before: float, limit: int, but_not: Collection[str] = ()) -> list[Job]:
+        """Ended jobs, but not these, whose dead attempts' files nobody has removed yet."""
+        ended = and_(jobs.c.status.in_(FINAL), jobs.c.completed_at < ended_before)
+        unswept = and_(ended, jobs.c.is_swept.is_(False), jobs.c.id.not_in(list(but_not)))
         return self._jobs(unswept, jobs.c.completed_at, limit)
 
     def mark_swept(self, job_id: str) -> None:

@@ -106,7 +106,9 @@ def test_a_bucket_that_is_away_delays_a_sweep_and_leaves_nothing_dangling(
 
     with monkeypatch.context() as away:
         away.setattr(artifacts, "delete", failing_delete)
-        assert sweep(store, artifacts, clock.now + DAY_S + 1) == Swept(forgotten=1, tidied=1, failed=1)
+        assert sweep(store, artifacts, clock.now + DAY_S + 1) == Swept(
+            forgotten=1, tidied=1, failed=frozenset({stuck.id})
+        )
     # Its row is there still, so that its files are found again.
     assert store.get("a", other.id) is None
     assert store.get("a", stuck.id) is not None
@@ -127,7 +129,31 @@ def test_a_bucket_that_is_away_is_not_asked_for_every_job(
         raise StorageError(errno.EIO, "no answer")
 
     monkeypatch.setattr(artifacts, "delete", away)
-    assert sweep(store, artifacts, clock.now + 1).failed == len(asked) == 5
+    assert len(sweep(store, artifacts, clock.now + 1).failed) == len(asked) == 5
+
+
+def test_jobs_whose_files_cannot_be_removed_do_not_keep_those_of_others(
+    store: JobStore, artifacts: ArtifactStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = ([created(store, expires_at=clock.now - age).id for _ in range(7)] for age in (2, 1))
+    for job_id in (*bad, *good):
+        store.request_cancel("a", job_id)
+
+    def locked(prefix: str) -> None:
+        if prefix.removeprefix("jobs/") in bad:
+            raise StorageError(errno.EACCES, "locked")
+
+    async def sweeping() -> None:
+        task = asyncio.create_task(keep_sweeping(store, artifacts, period_s=0.0, clock=clock))
+        async with asyncio.timeout(60):
+            while await asyncio.to_thread(lambda: any(store.get("a", job_id) for job_id in good)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    monkeypatch.setattr(artifacts, "delete", locked)
+    asyncio.run(sweeping())
+    assert all(store.get("a", job_id) for job_id in bad)
 
 
 def test_files_whose_row_is_gone_are_removed_after_an_hour(
