@@ -70,7 +70,7 @@ class Webhooks:
         """Begin what is due at ``now`` and has room; returns how many deliveries were begun.
 
         They go on in the background, so that a receiver that hangs holds up nobody else's: a tenant has at most
-        ``MAX_PER_TENANT`` at a time, and the next call begins the others'.
+        ``MAX_PER_TENANT`` at a time, and what is due is looked up of every tenant in turn.
         """
         num_running = Counter(one.tenant for one in self._running.values())
         known = {one.id for one in self._running.values()}  # some of them are not claimed yet

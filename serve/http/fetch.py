@@ -41,7 +41,8 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 MAX_PATH_LENGTH = 4096
 """Bytes of path and query."""
 _REDIRECTS = (301, 302, 303, 307, 308)
-_NUM_RESOLVERS = 4
+_NUM_RESOLVERS = 64
+"""A look-up that hangs keeps its thread, however soon it is given up, so there are many more than a tenant may have."""
 _FAILURES = (
     httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, httpcore.UnsupportedProtocol,
     OSError, UnicodeError,

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, and_, insert, select, update
+from sqlalchemy import Connection, Row, and_, func, insert, select, update
 
 from serve.store.database import Database
 from serve.store.job import Status
@@ -39,11 +39,13 @@ class Deliveries(Database):
     """Rows of deliveries."""
 
     def due_deliveries(self, now: float, limit: int, but_not: Collection[str] = ()) -> list[Delivery]:
-        """What may be delivered now, longest due first, but not to these tenants."""
+        """What may be delivered now, but not to these tenants: of each the longest due, then of each the next."""
         due = and_(
             deliveries.c.state == "waiting", deliveries.c.next_at <= now, deliveries.c.tenant.not_in(list(but_not))
         )
-        query = select(deliveries).where(due).order_by(deliveries.c.next_at, deliveries.c.id).limit(limit)
+        by_age = deliveries.c.next_at, deliveries.c.id
+        place = func.row_number().over(partition_by=deliveries.c.tenant, order_by=by_age)
+        query = select(deliveries).where(due).order_by(place, *by_age).limit(limit)
         with self._engine.connect() as connection:
             return [_from_row(row) for row in connection.execute(query)]
 

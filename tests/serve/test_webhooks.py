@@ -204,6 +204,21 @@ def test_two_dispatchers_do_not_both_deliver(service: Service) -> None:
     assert (len(ids), len(set(ids))) == (MAX_PER_TENANT, MAX_PER_TENANT)
 
 
+def test_a_long_backlog_of_one_tenant_does_not_delay_the_others(tmp_path: Path) -> None:
+    with open_service(tmp_path, require_keys=True) as service:
+        for tenant, number in (("red", MAX_AT_ONCE + 8), ("blue", 1)):
+            headers = service.key(tenant)
+            for _ in range(number):
+                body = {"prompt": "a", "webhook": f"https://{tenant}.example/"}
+                video_id = service.client.post("/v1/videos", json=body, headers=headers).json()["id"]
+                service.client.post(f"/v1/videos/{video_id}/cancel", headers=headers)
+        receiver = Receiver()
+        run_once(service, receiver, time.time() + 1)
+    urls = [url for url, _, _ in receiver.received]
+    assert urls.count("https://blue.example/") == 1
+    assert urls.count("https://red.example/") == MAX_PER_TENANT
+
+
 def test_receivers_that_hang_hold_up_only_their_own_tenant(tmp_path: Path) -> None:
     class Mixed(Receiver):
         async def post(self, url: str, headers: Mapping[str, str], content: bytes) -> int:
@@ -227,7 +242,7 @@ def test_receivers_that_hang_hold_up_only_their_own_tenant(tmp_path: Path) -> No
                 video_id = service.client.post("/v1/videos", json=body, headers=headers).json()["id"]
                 service.client.post(f"/v1/videos/{video_id}/cancel", headers=headers)
         receiver = Mixed()
-        assert asyncio.run(three_rounds(service.store, receiver)) == [MAX_PER_TENANT, 1, 0]
+        assert asyncio.run(three_rounds(service.store, receiver)) == [MAX_PER_TENANT + 1, 0, 0]
     assert [url for url, _, _ in receiver.received] == [URL]
 
 
