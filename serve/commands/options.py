@@ -39,7 +39,8 @@ def read_config(options: argparse.Namespace) -> ServeConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {first['msg']} (given: {first['input']!r})") from error
+        # Not its value: it may hold a password.
+        raise ConfigError(f"{where}: {first['msg']}") from None
 
 
 def open_store(options: argparse.Namespace, *, may_be_new: bool = False) -> JobStore:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from serve.commands.options import actor, add_store_arguments, open_artifacts, open_store, table
@@ -55,12 +55,10 @@ def _set(options: argparse.Namespace) -> int:
     store = open_store(options, may_be_new=True)
     limits = {name: getattr(options, name) for name in _LIMITS if getattr(options, name) is not None}
     limits = {name: None if limit == "none" else limit for name, limit in limits.items()}
-    known = store.tenant(options.tenant)
-    quota = replace(Quota() if known is None else known.quota, **limits)
     tenant = store.set_tenant(
         options.tenant,
         weight=options.weight,
-        quota=quota if limits else None,
+        limits=limits,
         replace_webhook_secret=options.new_webhook_secret,
         actor=actor(),
     )

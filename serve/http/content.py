@@ -73,7 +73,13 @@ def parse_range(header: str | None, size: int) -> ByteRange | None:
     else:
         start, stop = max(size - int(last), 0), size
     if start >= stop:
-        raise ServeError(416, "range_not_satisfiable", f"Range {header!r} lies outside the {size} bytes", "Range")
+        raise ServeError(
+            416,
+            "range_not_satisfiable",
+            f"Range {header!r} lies outside the {size} bytes",
+            "Range",
+            headers={"content-range": f"bytes */{size}"},
+        )
     return ByteRange(start, stop)
 
 
@@ -92,20 +98,29 @@ def content_response(
         size = artifacts.size(artifact.key)
     except FileNotFoundError as error:
         raise ServeError(404, "content_expired", f"{filename} is no longer kept; create the video again") from error
-    # Keys are unique to the attempt and written once, so the key names the bytes.
-    etag = f'"{artifact.key.replace("/", "-")}"'
-    wanted = parse_range(range_header, size) if if_range in (None, etag) else None
+    headers = _headers(artifact, filename)
+    wanted = parse_range(range_header, size) if if_range in (None, headers["etag"]) else None
     start, stop = (0, size) if wanted is None else (wanted.start, wanted.stop)
-    headers = {
-        "accept-ranges": "bytes",
-        "content-length": str(stop - start),
-        "content-disposition": f'inline; filename="{filename}"',
-        "etag": etag,
-    }
+    headers["content-length"] = str(stop - start)
     if wanted is not None:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
     chunks = _read(artifacts, artifact.key, start, stop)
     return StreamingResponse(chunks, 200 if wanted is None else 206, headers, artifact.content_type)
+
+
+def content_head(artifact: Artifact, filename: str) -> Response:
+    """What a GET would answer, without the file: here even if it lies in a bucket, whose links are signed for GET."""
+    headers = {**_headers(artifact, filename), "content-length": str(artifact.num_bytes)}
+    return Response(None, 200, headers, artifact.content_type)
+
+
+def _headers(artifact: Artifact, filename: str) -> dict[str, str]:
+    return {
+        "accept-ranges": "bytes",
+        "content-disposition": f'inline; filename="{filename}"',
+        # Keys are unique to the attempt and written once, so the key names the bytes.
+        "etag": f'"{artifact.key.replace("/", "-")}"',
+    }
 
 
 def _read(artifacts: ArtifactStore, key: str, start: int, stop: int) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ says what is wrong, with which value, and what to do instead. Translation of the
 
 import logging
 import traceback
+from collections.abc import Mapping
 from pathlib import PurePath
 
 from fastapi import FastAPI, Request
@@ -45,8 +46,9 @@ class ServeError(Exception):
         param: str | None = None,
         retry_after_s: int | None = None,
         should_retry: bool | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, code, message, param, retry_after_s, should_retry)
+        super().__init__(status, code, message, param, retry_after_s, should_retry, headers)
         self.status = status
         self.code = code
         self.message = message
@@ -54,6 +56,7 @@ class ServeError(Exception):
         self.retry_after_s = retry_after_s
         # The stock client tries 408, 409 and 429 again by itself; mostly that changes nothing.
         self.should_retry = status >= 500 if should_retry is None else should_retry
+        self.headers = headers or {}
 
     def __str__(self) -> str:
         return self.message
@@ -104,10 +107,20 @@ def tenant_erased() -> ServeError:
     return ServeError(403, "tenant_erased", "this tenant was erased; ask the operator to set it up again")
 
 
+def uploads_busy() -> ServeError:
+    """503: the bodies that are here already take the memory there is for them."""
+    return ServeError(
+        503, "uploads_busy", "too many uploads are on their way at the moment; try again later", retry_after_s=5
+    )
+
+
 def too_many_streams(limit: int) -> ServeError:
     """429: one tenant watches very many jobs."""
     return ServeError(
-        429, "too_many_streams", f"{limit} event streams of this tenant are open; close one, or poll the videos instead"
+        429,
+        "too_many_streams",
+        f"{limit} event streams of this tenant are open; close one, or poll the videos instead",
+        retry_after_s=30,
     )
 
 
@@ -156,7 +169,7 @@ def error_response(error: ServeError) -> JSONResponse:
     kind = _KINDS.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     param = None if error.param is None else _encodable(error.param)
     body = ErrorBody(error=ErrorDetail(message=_encodable(error.message), type=kind, param=param, code=error.code))
-    headers = {}
+    headers = dict(error.headers)
     if not error.should_retry:
         headers["x-should-retry"] = "false"
     if error.retry_after_s is not None:

@@ -97,7 +97,7 @@ class EventStream(Response):
         tenant: whose job it is.
         job: as it is now.
         cursor: what the client has seen.
-        seconds_left: estimates the work on a job that is this far.
+        seconds_left: estimates the work on a job that is this far; blocks.
         read: bytes of an artifact; blocks.
     """
 
@@ -167,7 +167,7 @@ class EventStream(Response):
                 step=job.step,
                 num_steps=job.num_steps,
                 attempt=job.attempt,
-                estimated_seconds_left=self._seconds_left(job),
+                estimated_seconds_left=await asyncio.to_thread(self._seconds_left, job),
                 error=error_view(job.status, job.error_code, job.error_message),
             )
             yield _event(name, self._cursor, facts)

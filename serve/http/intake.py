@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from sqlalchemy.exc import DBAPIError
+
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import RequestError
 from pusa_dist.request import GenerationRequest, MediaInfo, RequestParams, check_request, resolve_request
@@ -165,10 +167,7 @@ class Intake:
             model=self._model.name,
             revision=self._model.revision,
             request=request,
-            inputs=tuple(
-                _stored_input(input_key(job_id, index), upload, info)
-                for index, (upload, info) in enumerate(zip(uploads, media, strict=True))
-            ),
+            inputs=tuple(_stored_input(input_key(job_id, index), info) for index, info in enumerate(media)),
             priority=ours.priority,
             cost=self._forecast.cost(request),
             num_steps=request.num_inference_steps,
@@ -202,7 +201,9 @@ class Intake:
                 self._artifacts.put(stored.key, upload.data)
             self._store.create(job, self._quota(job.tenant), repeats_since=origin.repeats_since)
         except BaseException as error:
-            if job.inputs:
+            # Where the connection was lost the row may be there; if it is not, the hourly sweep removes the inputs.
+            may_be_there = isinstance(error, DBAPIError) and error.connection_invalidated
+            if job.inputs and not may_be_there:
                 self._artifacts.delete(job_prefix(job.id))
             match error:
                 case DuplicateKeyError():  # the same request came in twice at the same time
@@ -240,7 +241,7 @@ class Intake:
     def _finished_video(self, job: Job, param: str) -> Upload:
         artifact = finished_artifact(job, "video")
         try:
-            return Upload(param, self._artifacts.read(artifact.key), artifact.content_type)
+            return Upload(param, self._artifacts.read(artifact.key))
         except FileNotFoundError as error:
             raise ServeError(
                 404, "content_expired", f"video {job.id} is no longer kept; upload the clip instead", param
@@ -278,10 +279,9 @@ def _in_the_format_of(source: GenerationRequest, params: RequestParams) -> Reque
     return params if params.fps is not None else replace(params, fps=source.fps)
 
 
-def _stored_input(key: str, upload: Upload, info: MediaInfo) -> StoredInput:
+def _stored_input(key: str, info: MediaInfo) -> StoredInput:
     return StoredInput(
         key=key,
-        content_type=upload.content_type,
         kind=info.kind,
         width=info.width,
         height=info.height,

@@ -1,13 +1,14 @@
 """Media of a body made ready for use: fetched where they came as URLs, and looked into by a decoder.
 
 Both may take seconds of a gateway's thread, so a request with media waits for a place first, on the event
-loop, where waiting costs nothing: threads for everything else are always left, and every tenant has only
-so many of the places.
+loop: threads for everything else are always left, and every tenant has only so many of the places. What
+waits holds its body, so how many bytes all of them hold is bounded, too, before the first is read.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from weakref import WeakValueDictionary
 
 from pusa_dist.errors import RequestError
@@ -15,7 +16,7 @@ from pusa_dist.media.child import DecoderLostError
 from pusa_dist.media.decoders import DecodeLimits, Decoders, DecodersBusyError
 from pusa_dist.request import MediaInfo
 from serve.config import UploadLimits
-from serve.http.errors import ServeError
+from serve.http.errors import ServeError, uploads_busy
 from serve.http.fetch import FetchError, PublicClient
 from serve.http.uploads import MediaUrl, Upload
 
@@ -24,12 +25,38 @@ PLACES, PLACES_PER_TENANT = 24, 8
 
 
 class Room:
-    """Places for requests with media."""
+    """Places for requests with media, and memory for the bodies of all.
 
-    def __init__(self, places: int = PLACES, per_tenant: int = PLACES_PER_TENANT) -> None:
+    Args:
+        max_body_bytes: of one request.
+        places: for requests with media.
+        per_tenant: of them.
+    """
+
+    def __init__(self, max_body_bytes: int, places: int = PLACES, per_tenant: int = PLACES_PER_TENANT) -> None:
         self._places = asyncio.Semaphore(places)
         self._per_tenant = per_tenant
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        # As much as the largest bodies in every place take, so of usual ones many may wait.
+        self._max_bytes = places * max_body_bytes
+        self._max_bytes_of_tenant = 2 * per_tenant * max_body_bytes
+        self._bytes_of: Counter[str] = Counter()
+
+    @contextmanager
+    def held(self, tenant: str, num_bytes: int) -> Iterator[None]:
+        """Have memory for a body inside.
+
+        Raises:
+            ServeError: 503, there is none left, or the tenant has as much as one may have.
+        """
+        is_full = self._bytes_of.total() + num_bytes > self._max_bytes
+        if is_full or self._bytes_of[tenant] + num_bytes > self._max_bytes_of_tenant:
+            raise uploads_busy()
+        self._bytes_of[tenant] += num_bytes
+        try:
+            yield
+        finally:
+            self._bytes_of -= Counter({tenant: num_bytes})  # drops the tenant when nothing is left
 
     @asynccontextmanager
     async def taken(self, tenant: str) -> AsyncIterator[None]:
@@ -64,7 +91,7 @@ class IncomingMedia:
         if client is None and limits.media_by_url:
             client = PublicClient(timeout_s=limits.media_by_url_timeout_s)
         self._client = client
-        self.room = Room()
+        self.room = Room(limits.max_body_bytes)
         self._decoders = decoders or Decoders(
             limits.decoders,
             DecodeLimits(
@@ -111,12 +138,12 @@ class IncomingMedia:
         try:
             return self._decoders.probe(upload.data, upload.param, tenant)
         except DecodersBusyError as error:
-            raise ServeError(503, "decoding_busy", str(error), upload.param) from error
+            raise ServeError(503, "decoding_busy", str(error), upload.param, retry_after_s=5) from error
         except DecoderLostError as error:
             if self._on_decoder_failure is not None:
                 self._on_decoder_failure()
             message = f"{upload.param}: it could not be looked into at the moment; try again later"
-            raise ServeError(503, "decoding_unavailable", message, upload.param) from error
+            raise ServeError(503, "decoding_unavailable", message, upload.param, retry_after_s=5) from error
 
     async def _fetch(self, client: PublicClient, media: Sequence[Upload | MediaUrl]) -> list[Upload]:
         left = self._limits.max_body_bytes - sum(len(one.data) for one in media if isinstance(one, Upload))
@@ -127,7 +154,7 @@ class IncomingMedia:
                 for one in media:
                     param = one.param
                     if isinstance(one, MediaUrl):
-                        one = Upload(one.param, await client.get(one.url, left), "")
+                        one = Upload(one.param, await client.get(one.url, left))
                         left -= len(one.data)
                     uploads.append(one)
         except TimeoutError as error:

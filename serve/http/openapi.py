@@ -57,7 +57,7 @@ CODES: Mapping[int, Sequence[str]] = {
     500: ("internal_error",),
     503: (
         "decoding_busy", "decoding_unavailable", "moderation_unavailable", "storage_unavailable",
-        "too_many_streams",
+        "too_many_streams", "uploads_busy",
     ),
 }  # fmt: skip
 """Every code an answer may carry, by status."""

@@ -3,7 +3,9 @@
 The stock client retries a POST by itself and sends no idempotency key, so a lost answer would be paid
 twice. A key, if there is one, decides; without one, only a request that says it is a retry
 (``x-stainless-retry-count`` above 0) is looked up by what it holds. A deliberate second order has
-retry count 0 and is a job of its own.
+retry count 0 and is a job of its own, unless it is refused at first (429, 503): what the client then
+sends again by itself cannot be told from a retry of the order before, and is answered with that one's
+job. Whoever wants several videos of one text gives each a seed or a key.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.http.content import Variant, content_response, finished_artifact
+from serve.http.content import Variant, content_head, content_response, finished_artifact
 from serve.http.errors import ErrorBody, ServeError
 from serve.http.gateway import Gateway
 from serve.http.repeats import Origin
@@ -50,13 +50,15 @@ async def _tenant(request: Request) -> str:
 def _body(media_field: str) -> Callable[[Request], AsyncIterator[IncomingBody]]:
     async def read(request: Request) -> AsyncIterator[IncomingBody]:
         gateway = await _gateway(request)
-        uploads = gateway.config.uploads
-        body = await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
-        if not body.media:
-            yield body
-            return
-        async with gateway.media.room.taken(request.state.tenant):
-            yield body
+        uploads, room, tenant = gateway.config.uploads, gateway.media.room, request.state.tenant
+        declared = request.headers.get("content-length", "")
+        with room.held(tenant, int(declared) if declared.isdecimal() else uploads.max_body_bytes):
+            body = await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
+            if not body.media:
+                yield body
+                return
+            async with room.taken(tenant):
+                yield body
 
     return read
 
@@ -174,18 +176,22 @@ def cancel_video(gateway: TheGateway, tenant: Tenant, video_id: str, response: R
     return _answer(gateway, gateway.cancel(tenant, video_id), response)
 
 
+@router.head("/v1/videos/{video_id}/content", response_class=Response, include_in_schema=False)
 @router.get("/v1/videos/{video_id}/content", response_class=Response)
 def download_video(
     gateway: TheGateway,
     tenant: Tenant,
     video_id: str,
     query: Annotated[ContentQuery, Query()],
+    request: Request,
     range_header: Annotated[str | None, Header(alias="range")] = None,
     if_range: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The bytes of a finished video, or a redirect to them."""
     artifact = finished_artifact(gateway.get(tenant, video_id), query.variant)
     filename = f"{video_id}{FILE_SUFFIXES[query.variant]}"
+    if request.method == "HEAD":
+        return content_head(artifact, filename)
     return content_response(gateway.artifacts, artifact, filename, range_header, if_range)
 
 

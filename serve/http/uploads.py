@@ -31,8 +31,7 @@ class Upload:
     param: str
     """Where in the body it was, for errors."""
     data: bytes
-    content_type: str
-    """What the sender called it; nothing relies on it."""
+    """What it is, its content says; what the sender called it is not kept."""
 
     @property
     def identity(self) -> bytes:
@@ -137,7 +136,7 @@ async def _from_form(form: FormData, media_field: str) -> IncomingBody:
         if name == media_field or name.startswith(f"{media_field}["):
             param = f"{media_field}[{len(media)}]" if name.endswith("[]") else name
             if isinstance(value, UploadFile):
-                media.append(Upload(param, await value.read(), value.content_type or ""))
+                media.append(Upload(param, await value.read()))
             else:
                 media.append(await asyncio.to_thread(_from_part, name, value, media_field, param))
         elif isinstance(value, UploadFile):
@@ -229,7 +228,7 @@ def _from_url(url: str, param: str) -> Upload | MediaUrl:
     if scheme.lower() in ("http", "https"):
         return MediaUrl(param, url)
     header, comma, payload = rest.partition(",")
-    content_type, *parameters = header.split(";")
+    parameters = header.split(";")[1:]
     if scheme.lower() != "data" or not comma or "base64" not in parameters:
         raise RequestError(
             f"{param}: write a data URL such as data:image/png;base64,... or upload the file itself",
@@ -237,6 +236,6 @@ def _from_url(url: str, param: str) -> Upload | MediaUrl:
             "invalid_data_url",
         )
     try:
-        return Upload(param, base64.b64decode(payload, validate=True), content_type)
+        return Upload(param, base64.b64decode(payload, validate=True))
     except ValueError as error:
         raise RequestError(f"{param}: the data URL's base64 is broken: {error}", param, "invalid_data_url") from error

@@ -83,7 +83,10 @@ class Watch(Generic[T]):
             raise too_many_streams(self._max_per_tenant)
         if len(self._watchers) >= self._max_watchers:
             raise ServeError(
-                503, "too_many_streams", "this gateway has no room for more event streams; poll the video instead"
+                503,
+                "too_many_streams",
+                "this gateway has no room for more event streams; poll the video instead",
+                retry_after_s=30,
             )
         watcher: Watcher[T] = Watcher(tenant, job_id)
         self._watchers.add(watcher)

@@ -119,7 +119,10 @@ def open_database(url: str, synchronous: str) -> Engine:
         return create_engine(address, pool_pre_ping=True, hide_parameters=True)
     if address.database is None:
         raise ConfigError(f"database_url={url} is in memory and would lose every job; name a file")
-    Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+    file = Path(address.database)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The owner's alone: prompts and the secrets that sign webhooks are in it, and in what SQLite puts beside it.
+    file.touch(mode=0o600)
     engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")

@@ -19,7 +19,6 @@ class StoredInput:
     """One uploaded image or clip, as kept in the artifact store."""
 
     key: str
-    content_type: str
     kind: Literal["image", "clip"]
     width: int
     height: int

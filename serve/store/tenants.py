@@ -5,7 +5,7 @@ import math
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sqlalchemy import Connection, select, update
@@ -59,16 +59,16 @@ class Tenants(Database):
         name: str,
         *,
         weight: float | None = None,
-        quota: Quota | None = None,
+        limits: Mapping[str, float | None] | None = None,
         replace_webhook_secret: bool = False,
         actor: str = "operator",
     ) -> Tenant:
-        """Set a tenant up, or change it; None leaves what it has.
+        """Set a tenant up, or change what is given.
 
         Args:
             name: letters, digits, dot, dash and underscore, at most 128.
             weight: above 0.
-            quota: all limits at once.
+            limits: those to change, by field of ``Quota``; None: no limit.
             replace_webhook_secret: whether to replace the secret that signs its webhooks.
             actor: who does this, for the audit log.
 
@@ -79,7 +79,7 @@ class Tenants(Database):
         if weight is not None and not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"weight={weight:g} of tenant {name}: give a number above 0")
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
-        changes |= {} if quota is None else asdict(quota)
+        changes |= dict(limits or {})
         # The audit log says that the secret changed, never what to.
         detail = {**changes, **({"webhook_secret": "replaced"} if replace_webhook_secret else {})}
         if replace_webhook_secret:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -135,7 +136,7 @@ def test_what_is_refused_for_load_is_a_reject_and_no_error(tmp_path):
     workload = read_workload(loadtest.CONFIGS / "loadtest/debug.yaml")
     arrivals = [Arrival(number=n, at=0.0, tenant="amber", job_class="draft", seed=n) for n in range(6)]
     with served(tmp_path, pretends=False) as (url, keys, store):
-        store.set_tenant("amber", quota=Quota(max_queued=4))
+        store.set_tenant("amber", limits=asdict(Quota(max_queued=4)))
         rows = driven(url, keys, workload, arrivals, timeout_s=2.0)
     outcomes = [one.outcome for one in rows]
     assert (outcomes.count("timeout"), outcomes.count("rejected")) == (4, 2)

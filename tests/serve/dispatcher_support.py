@@ -15,7 +15,7 @@ REQUEST = GenerationRequest(
     model="debug", prompt="a", negative_prompt="b", width=64, height=64, num_frames=5, fps=8,
     num_inference_steps=3, guidance_scale=5.0, shift=5.0, seed=0, lora_alpha={},
 )  # fmt: skip
-INPUT = StoredInput(key="jobs/x/inputs/0", content_type="image/png", kind="image", width=8, height=8, num_frames=1)
+INPUT = StoredInput(key="jobs/x/inputs/0", kind="image", width=8, height=8, num_frames=1)
 
 
 class FakeStages:

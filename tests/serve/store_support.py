@@ -36,9 +36,7 @@ def new_job(tenant: str = "a", created_at: float = 1_000.0, **values: Any) -> Jo
         conditioning=(Conditioning(input=0, position=0, noise_multiplier=0.2),),
     )
     job_id = new_job_id(created_at)
-    stored = StoredInput(
-        key=f"jobs/{job_id}/inputs/0", content_type="image/png", kind="image", width=4, height=3, num_frames=1
-    )
+    stored = StoredInput(key=f"jobs/{job_id}/inputs/0", kind="image", width=4, height=3, num_frames=1)
     defaults: dict[str, Any] = {
         "id": job_id,
         "tenant": tenant,

@@ -47,6 +47,18 @@ def test_a_range_outside_the_content_is_refused(service: Service, header: str) -
     service.finish(video_id)
     answer = service.client.get(f"/v1/videos/{video_id}/content", headers={"Range": header})
     assert (answer.status_code, error_of(answer)["code"]) == (416, "range_not_satisfiable")
+    assert answer.headers["content-range"] == "bytes */10"
+
+
+def test_a_head_says_what_a_get_would(service: Service) -> None:
+    video_id = service.create()["id"]
+    service.finish(video_id)
+    url = f"/v1/videos/{video_id}/content"
+    head, got = service.client.head(url), service.client.get(url)
+    names = ("content-length", "content-type", "accept-ranges", "etag", "content-disposition")
+    assert (head.status_code, head.content) == (200, b"")
+    assert [head.headers[name] for name in names] == [got.headers[name] for name in names]
+    assert service.client.head(f"/v1/videos/{ABSENT}/content").status_code == 404
 
 
 def test_a_range_of_content_that_has_changed_gives_the_whole(service: Service) -> None:

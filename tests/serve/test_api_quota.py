@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def refusal(answer: Any) -> tuple[str, str | None, bool, int | None]:
 
 
 def test_a_queue_that_is_full_says_to_come_back_soon(service: Service) -> None:
-    service.store.set_tenant("local", quota=Quota(max_queued=2))
+    service.store.set_tenant("local", limits=asdict(Quota(max_queued=2)))
     first = post(service).json()["id"]
     assert post(service).status_code == 200
     assert refusal(post(service)) == ("too_many_queued", None, True, 10)
@@ -58,7 +59,7 @@ def test_too_many_requests_a_minute_say_when_the_next_minute_begins(service: Ser
     if time.time() % 60 > 50:
         time.sleep(11)
     used = service.store.use("local", time.time()).requests
-    service.store.set_tenant("local", quota=Quota(requests_per_minute=used + 1))
+    service.store.set_tenant("local", limits=asdict(Quota(requests_per_minute=used + 1)))
     assert post(service).status_code == 200
     code, param, retries, wait = refusal(post(service))
     assert (code, param, retries) == ("rate_limit_exceeded", None, True)
@@ -68,7 +69,7 @@ def test_too_many_requests_a_minute_say_when_the_next_minute_begins(service: Ser
 
 
 def test_a_day_that_is_used_up_is_not_retried_by_itself_but_says_when_it_ends(service: Service) -> None:
-    service.store.set_tenant("local", quota=Quota(cost_per_day=50.0))
+    service.store.set_tenant("local", limits=asdict(Quota(cost_per_day=50.0)))
     assert [post(service).status_code for _ in range(2)] == [200, 200]
     code, param, retries, wait = refusal(post(service))
     assert (code, param, retries) == ("daily_cost_exceeded", None, False)
@@ -79,22 +80,22 @@ def test_a_day_that_is_used_up_is_not_retried_by_itself_but_says_when_it_ends(se
 
 
 def test_what_can_never_be_is_refused_for_good(service: Service) -> None:
-    service.store.set_tenant("local", quota=Quota(cost_per_day=15.0, max_tokens=10_000))
+    service.store.set_tenant("local", limits=asdict(Quota(cost_per_day=15.0, max_tokens=10_000)))
     assert refusal(post(service)) == ("cost_over_quota", "pusa.num_inference_steps", False, None)
-    service.store.set_tenant("local", quota=Quota(max_tokens=100))
+    service.store.set_tenant("local", limits=asdict(Quota(max_tokens=100)))
     assert refusal(post(service)) == ("shape_over_quota", "size", False, None)
     assert post(service, size="64x64", num_frames=5).status_code == 200
 
 
 def test_running_jobs_are_not_refused_they_wait(service: Service) -> None:
-    service.store.set_tenant("local", quota=Quota(max_running=1))
+    service.store.set_tenant("local", limits=asdict(Quota(max_running=1)))
     assert [post(service).status_code for _ in range(3)] == [200] * 3
 
 
 def test_a_refused_job_leaves_nothing_behind_and_its_media_are_not_even_looked_at(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service.store.set_tenant("local", quota=Quota(max_queued=0))
+    service.store.set_tenant("local", limits=asdict(Quota(max_queued=0)))
 
     def upload() -> Any:
         return service.client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a", png())})
@@ -116,7 +117,7 @@ def test_a_refused_job_leaves_nothing_behind_and_its_media_are_not_even_looked_a
     ("quota", "code"), [({"max_queued": 7}, "too_many_queued"), ({"cost_per_day": 150.0}, "daily_cost_exceeded")]
 )
 def test_fifty_creates_at_once_take_no_place_twice(service: Service, quota: dict[str, Any], code: str) -> None:
-    service.store.set_tenant("local", quota=Quota(**quota))
+    service.store.set_tenant("local", limits=asdict(Quota(**quota)))
     with ThreadPoolExecutor(50) as clients:
         answers = list(clients.map(lambda number: post(service, prompt=f"cat {number}"), range(50)))
     assert Counter(answer.status_code for answer in answers) == {200: 7, 429: 43}
@@ -125,7 +126,7 @@ def test_fifty_creates_at_once_take_no_place_twice(service: Service, quota: dict
 
 
 def test_a_repetition_is_told_of_its_job_and_not_of_a_limit(service: Service) -> None:
-    service.store.set_tenant("local", quota=Quota(max_queued=1))
+    service.store.set_tenant("local", limits=asdict(Quota(max_queued=1)))
     first = post(service).json()["id"]
     again = service.client.post("/v1/videos", json={"prompt": "a"}, headers={"x-stainless-retry-count": "1"})
     assert (again.status_code, again.json()["id"]) == (200, first)
@@ -133,7 +134,9 @@ def test_a_repetition_is_told_of_its_job_and_not_of_a_limit(service: Service) ->
 
 def test_usage_tells_what_was_used_today_and_on_other_days_and_what_is_left(service: Service) -> None:
     service.store.set_tenant(
-        "local", weight=2.0, quota=Quota(requests_per_minute=1000, max_queued=5, max_running=3, cost_per_day=100.0)
+        "local",
+        weight=2.0,
+        limits=asdict(Quota(requests_per_minute=1000, max_queued=5, max_running=3, cost_per_day=100.0)),
     )
     done, _ = (post(service, seconds="1", fps=5).json()["id"] for _ in range(2))
     service.finish(done)

@@ -13,12 +13,13 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy.exc import OperationalError
 from starlette.types import Message
 
 from pusa_dist.request import GenerationRequest
 from serve.config import ServeConfig
 from serve.moderation import Finished, Moderation, Submission
-from tests.serve.api_support import Service
+from tests.serve.api_support import Service, png
 from tests.serve.test_openai_client import running_server
 
 RETRY = {"x-stainless-retry-count": "1"}
@@ -50,6 +51,25 @@ def overtaken(service: Service, first: dict[str, str], second: dict[str, str]) -
         passed = send(second)
         hold.release.set()
         return answer.result(), passed
+
+
+def test_a_job_whose_commit_was_not_answered_keeps_its_inputs(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = service.gateway._store.create
+
+    def lost(*arguments: Any, **options: Any) -> None:
+        create(*arguments, **options)
+        raise OperationalError("COMMIT", {}, Exception("server closed"), connection_invalidated=True)
+
+    order = {"files": {"input_reference": ("a.png", png(), "image/png")}, "data": {"prompt": "a"}}
+    with monkeypatch.context() as failing:
+        failing.setattr(service.gateway._store, "create", lost)
+        assert service.client.post("/v1/videos", **order).status_code == 503
+    answer = service.client.post("/v1/videos", **order, headers=RETRY)
+    (stored,) = service.job(answer.json()["id"]).inputs
+    assert service.artifacts.read(stored.key) == png()
+    assert service.store.counts() == {"queued": 1}
 
 
 def test_a_retry_that_overtakes_the_request_it_repeats_makes_no_second_job(service: Service) -> None:

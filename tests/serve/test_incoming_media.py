@@ -61,13 +61,13 @@ def test_a_decoder_that_does_not_work_is_counted():
         LIMITS, FakeClient(), FakeDecoders(DecoderLostError("it died")), lambda: failures.append("failed")
     )
     with pytest.raises(ServeError, match="could not be looked into"):
-        broken.probe(Upload("a", b"x", ""), "tenant")
+        broken.probe(Upload("a", b"x"), "tenant")
     assert failures == ["failed"]
 
 
 def test_files_stay_as_they_are_and_urls_become_files_in_place():
     client = FakeClient()
-    files = media(client).fetched([Upload("a", b"x" * 100, "image/png"), MediaUrl("b", SECRET), MediaUrl("c", SECRET)])
+    files = media(client).fetched([Upload("a", b"x" * 100), MediaUrl("b", SECRET), MediaUrl("c", SECRET)])
     assert [(file.param, file.data) for file in files] == [("a", b"x" * 100), ("b", b"bytes"), ("c", b"bytes")]
     # What is left of the body's size, for each in turn.
     assert client.asked == [(SECRET, 900), (SECRET, 895)]
@@ -78,7 +78,7 @@ def test_urls_are_refused_unless_fetching_is_on():
     with pytest.raises(RequestError) as caught:
         off.fetched([MediaUrl("input_reference.image_url", SECRET)])
     assert (caught.value.code, caught.value.param) == ("media_by_url_disabled", "input_reference.image_url")
-    assert off.fetched([Upload("a", b"x", "")]) == [Upload("a", b"x", "")]
+    assert off.fetched([Upload("a", b"x")]) == [Upload("a", b"x")]
 
 
 @pytest.mark.parametrize("code", ["unreachable", "too_large", "invalid_url", "unexpected_status"])
@@ -103,7 +103,7 @@ def test_all_urls_of_a_request_share_their_time():
 )
 def test_requests_with_media_wait_for_a_place_and_all_of_them_get_one(tenants, most):
     async def scenario():
-        room, inside, seen, held = Room(5, 3), [], [], []
+        room, inside, seen, held = Room(1, 5, 3), [], [], []
 
         async def request(tenant):
             async with room.taken(tenant):
@@ -121,9 +121,23 @@ def test_requests_with_media_wait_for_a_place_and_all_of_them_get_one(tenants, m
     assert max(seen) <= 3
 
 
+def test_bodies_take_bounded_memory_and_a_tenant_only_a_part_of_it():
+    room = Room(10, places=4, per_tenant=1)
+    with room.held("a", 12), room.held("a", 8), room.held("b", 20):
+        for tenant in ("a", "c"):
+            with pytest.raises(ServeError) as caught, room.held(tenant, 1):
+                pass
+            assert (caught.value.status, caught.value.code) == (503, "uploads_busy")
+            assert caught.value.retry_after_s
+    with pytest.raises(KeyError), room.held("a", 20):
+        raise KeyError
+    with room.held("a", 20), room.held("c", 20):
+        assert not (set(room._bytes_of) - {"a", "c"})
+
+
 def test_a_tenant_that_left_its_place_by_an_error_has_it_back():
     async def scenario():
-        room = Room(1, 1)
+        room = Room(1, 1, 1)
         for _ in range(3):
             with pytest.raises(KeyError):
                 async with room.taken("a"):
@@ -136,7 +150,7 @@ def test_a_tenant_that_left_its_place_by_an_error_has_it_back():
 
 def test_files_are_looked_into_on_behalf_of_their_tenant():
     decoders = FakeDecoders()
-    assert media(decoders=decoders).probe(Upload("a", b"x", ""), "tenant") == INFO
+    assert media(decoders=decoders).probe(Upload("a", b"x"), "tenant") == INFO
     assert decoders.owners == ["tenant"]
 
 
@@ -146,7 +160,7 @@ def test_files_are_looked_into_on_behalf_of_their_tenant():
 )
 def test_what_is_not_the_files_fault_is_a_503(error, code):
     with pytest.raises(ServeError) as caught:
-        media(decoders=FakeDecoders(error)).probe(Upload("a", b"x", ""), "t")
+        media(decoders=FakeDecoders(error)).probe(Upload("a", b"x"), "t")
     assert (caught.value.status, caught.value.code, caught.value.param) == (503, code, "a")
     assert "pid" not in str(caught.value)
 
@@ -154,7 +168,7 @@ def test_what_is_not_the_files_fault_is_a_503(error, code):
 def test_a_refused_file_stays_refused():
     refused = RequestError("a: the image is damaged", "a", "invalid_image")
     with pytest.raises(RequestError) as caught:
-        media(decoders=FakeDecoders(refused)).probe(Upload("a", b"x", ""), "t")
+        media(decoders=FakeDecoders(refused)).probe(Upload("a", b"x"), "t")
     assert caught.value is refused
 
 

@@ -4,6 +4,9 @@ import base64
 import errno
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +122,17 @@ def test_a_disk_that_is_full_is_told_without_its_paths(service, caplog, monkeypa
     assert SECRET not in answer.text
     # A traceback may name our own files; no line of it names the disk's.
     assert [line for line in caplog.text.splitlines() if f"/mnt/{SECRET}" in line] == []
+
+
+def test_a_setting_that_is_not_known_is_named_without_its_value(tmp_path: Path) -> None:
+    config = tmp_path / "service.yaml"
+    config.write_text("database_ur1: postgresql+psycopg://serve:hunter2@db/videos\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "serve", "keys", "list", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "database_ur1" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def keys_of(job: Job) -> list[str]:
 
 def fill(store: JobStore, artifacts: ArtifactStore) -> list[Job]:
     """Jobs in every state with their files, and a row in every table."""
-    store.set_tenant("a", weight=2.0, quota=Quota(max_queued=50, cost_per_day=1.5))
+    store.set_tenant("a", weight=2.0, limits=asdict(Quota(max_queued=50, cost_per_day=1.5)))
     store.create_key("a", "laptop")
     waiting, running = created(store, idempotency_key="k"), claimed(store)
     done, cancelled = claimed(store, webhook_url="https://example.com"), created(store)

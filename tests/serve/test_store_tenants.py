@@ -1,6 +1,7 @@
 """Tenants, keys, quotas and the audit log, on SQLite and on a real PostgreSQL."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_tenant_is_set_up_by_its_first_job_or_key_and_changed_in_part(store: J
     store.create_key("b")
     store.set_tenant("b", weight=2.5)
     quota = Quota(requests_per_minute=5, cost_per_day=0.5)
-    changed = store.set_tenant("b", quota=quota)
+    changed = store.set_tenant("b", limits=asdict(quota))
     assert (changed.weight, changed.quota) == (2.5, quota)
     assert store.set_tenant("b", replace_webhook_secret=True).webhook_secret != changed.webhook_secret
     assert [tenant.name for tenant in store.tenants()] == ["a", "b"]
@@ -75,7 +76,7 @@ def test_a_weight_that_is_no_share_is_refused(store: JobStore, weight: float) ->
 def test_the_audit_log_says_who_changed_what_and_no_secret(store: JobStore, clock: Clock) -> None:
     key_id, _ = store.create_key("red", "laptop", actor="eve")
     clock.now = 1_001.0
-    store.set_tenant("red", weight=2.0, quota=Quota(max_queued=3), replace_webhook_secret=True, actor="adam")
+    store.set_tenant("red", weight=2.0, limits=asdict(Quota(max_queued=3)), replace_webhook_secret=True, actor="adam")
     store.revoke_key(key_id, actor="adam")
     store.erase_tenant("blue", actor="eve")
     log = [(entry.at, entry.actor, entry.action, entry.tenant) for entry in store.audit()]
@@ -151,7 +152,7 @@ def test_erasing_a_tenant_ends_its_jobs_and_takes_its_keys_usage_deliveries_and_
     store: JobStore, clock: Clock
 ) -> None:
     _, secret = store.create_key("a")
-    store.set_tenant("a", weight=3.0, quota=Quota(max_queued=9))
+    store.set_tenant("a", weight=3.0, limits=asdict(Quota(max_queued=9)))
     done = claimed(store, webhook_url="https://example.com")
     store.complete(done.id, 1, {}, {})
     running, waiting = claimed(store), created(store)
