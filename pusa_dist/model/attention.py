@@ -14,15 +14,14 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def local_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Full attention on this device, by whichever of diffusers' attention backends is active.
+    """Full attention on this device, by diffusers' attention backend: ``DIFFUSERS_ATTN_BACKEND``, or PyTorch's choice.
 
     Args:
         query: (B, S, N, D).
         key: (B, L, N, D); L may differ from S.
         value: (B, L, N, D).
     """
-    # cuDNN attention is wrong on strided inputs; on contiguous ones this copies nothing.
-    return dispatch_attention_fn(query.contiguous(), key.contiguous(), value.contiguous())
+    return dispatch_attention_fn(query, key, value)
 
 
 def attention_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def _modulate(norm: nn.Module, hidden_states: Tensor, shift: Tensor, scale: Tens
 
 
 def _add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(hidden_states.float(), update.float(), gate).to(hidden_states.dtype)
+    return torch.addcmul(hidden_states, update, gate).to(hidden_states.dtype)  # in float32, as the gate is
 
 
 def _self_attention(layer: WanAttention, x: Tensor, rotary: Tensor, attention: AttentionFn) -> Tensor:

@@ -48,7 +48,11 @@ def admitted_usp(mesh: DeviceMesh, ours: SequenceAttention, num_heads: int, head
     Raises:
         ConfigError: xfuser is missing, does not run here, or computes something else.
     """
-    attention = UspAttention(_start_usp(mesh), ours)
+    try:
+        usp = _start_usp(mesh)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"attention=xfuser cannot be set up on this mesh ({error}); use attention=ours") from error
+    attention = UspAttention(usp, ours)
     admit(attention, ours, mesh, num_heads, head_dim, like)
     return attention
 
@@ -116,8 +120,8 @@ def admit(
         raise ConfigError(f"attention=xfuser does not run on this mesh ({error}); use attention=ours") from error
     query = _tokens_of_rank(ours.shard, whole[0])
     exact = _attention_in_float32(query, whole[1].flatten(1, 2), whole[2].flatten(1, 2))
-    limit = min(max(FLOOR, 2 * _largest(_difference(expected, exact), mesh, like)), CEILING)
-    difference = _largest(_difference(found, expected), mesh, like)
+    limit = min(max(FLOOR, 2 * _largest(_difference(expected, exact), like)), CEILING)
+    difference = _largest(_difference(found, expected), like)
     if not difference <= limit:  # a NaN is refused too
         degrees = "x".join(str(mesh.size(axis)) for axis in range(len(AXES)))
         raise ConfigError(
@@ -143,8 +147,7 @@ def _start_usp(mesh: DeviceMesh) -> Usp:
             ring_degree=ring,
         )
     if not distributed.runtime_state_is_initialized():
-        distributed.initialize_runtime_state()
-        distributed.get_runtime_state().set_attention_backend("SDPA_FLASH")
+        _set_runtime_state(cfg, ring, ulysses)
     found = (distributed.get_ring_parallel_world_size(), distributed.get_ulysses_parallel_world_size())
     if found != (ring, ulysses):
         raise ConfigError(
@@ -153,6 +156,19 @@ def _start_usp(mesh: DeviceMesh) -> Usp:
         )
     function: Usp = usp.USP
     return function
+
+
+def _set_runtime_state(cfg: int, ring: int, ulysses: int) -> None:
+    """What ``initialize_runtime_state`` does for code outside xfuser, which takes no degrees and so asserts one rank.
+
+    The kernel is named, because the usual choice is one that rings refuse.
+    """
+    runtime, arguments = _import("xfuser.core.distributed.runtime_state"), _import("xfuser.config.args")
+    degrees = {"use_cfg_parallel": cfg == 2, "ring_degree": ring, "ulysses_degree": ulysses}
+    config, _ = arguments.xFuserArgs(**degrees, attention_backend="SDPA_FLASH").create_config()
+    state = runtime.ExternalRuntimeState.__new__(runtime.ExternalRuntimeState)
+    runtime.RuntimeState.__init__(state, config)
+    runtime._RUNTIME = state
 
 
 def _import(name: str) -> Any:
@@ -192,9 +208,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def _largest(value: float, mesh: DeviceMesh, like: Tensor) -> float:
+def _largest(value: float, like: Tensor) -> float:
     """The largest of all ranks' values, on every rank; NaN if any is NaN."""
     box = torch.tensor([value if value == value else float("inf")], device=like.device)
-    for axis in AXES:
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)  # over all ranks of the process group, which are the mesh
     return float(box)

@@ -1,5 +1,6 @@
 """xfuser's attention is refused unless it is there, runs, and equals ours."""
 
+import importlib.util
 import logging
 import sys
 
@@ -15,7 +16,7 @@ from pusa_dist.parallel.attention import SequenceAttention
 from pusa_dist.parallel.mesh import lay_out
 from pusa_dist.parallel.ring import ring_attention
 from pusa_dist.parallel.shard import SequenceShard
-from pusa_dist.parallel.xfuser_usp import UspAttention, admit
+from pusa_dist.parallel.xfuser_usp import UspAttention, admit, admitted_usp
 
 HEADS, HEAD_DIM = 4, 8
 
@@ -121,6 +122,45 @@ def test_only_an_attention_that_equals_ours_is_admitted(run_ranks):
         assert "3/2 tokens of a frame" in lines[0]
         assert "4/3 tokens of a frame" in lines[1]
         assert "install the extra `cuda`" in message
+
+
+def real_usp_on_cpus(place, parallel):
+    """xfuser itself, told that there are accelerators, with the CPU's flash kernel as its own."""
+    torch.cuda.current_device = lambda: 0
+    torch.version.cuda = "12.8"
+    backend, config, groups, state, usp = (
+        importlib.import_module(f"xfuser.{name}")
+        for name in (
+            "core.distributed.attention_backend",
+            "config.config",
+            "core.distributed.parallel_state",
+            "core.distributed.group_coordinator",
+            "model_executor.layers.usp",
+        )
+    )
+    importlib.import_module("xfuser.envs").get_torch_distributed_backend = lambda: "gloo"
+    for module in (config, groups, state):
+        module.HAS_LONG_CTX_ATTN = True
+    groups.set_device = lambda index: None
+    usp.PROCESS_GROUP = importlib.import_module("yunchang.globals").PROCESS_GROUP
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backend.ATTENTION_FUNCTION_REGISTRY[backend.AttentionBackendType.SDPA_FLASH] = lambda query, key, value, *_, **__: (
+        flash(query, key, value)
+    )
+    mesh = place.join(parallel)
+    attention = admitted_usp(mesh, attention_over(mesh), HEADS, HEAD_DIM, torch.zeros(1))
+    return type(attention).__name__
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("xfuser", "triton")),
+    reason="xfuser is not installed (extra `cuda`, and the CUDA build of torch)",
+)
+def test_xfuser_itself_is_set_up_and_admitted(run_ranks):
+    for cfg, ring, ulysses in ((1, 1, 2), (1, 2, 1), (2, 1, 2), (1, 2, 2)):
+        parallel = ParallelConfig(cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
+        names = run_ranks(cfg * ring * ulysses, real_usp_on_cpus, parallel, timeout_s=280)
+        assert set(names) == {"UspAttention"}
 
 
 def on_gpus(place, attention):
