@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> int:
     given = {"seed": options.seed, "request_rate": options.request_rate, "num_jobs": options.num_jobs}
     workload = read_workload(options.workload, {name: one for name, one in given.items() if one is not None})
-    slo = read_slo(options.slo) if options.slo is not None else None
+    slo = read_slo(options.slo, workload.classes) if options.slo is not None else None
     options.out.mkdir(parents=True, exist_ok=True)
     with _plan(options, workload, slo) as plan:
         report, rows = perform(plan)
@@ -118,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loadtest", description=__doc__.splitlines()[0])
     shipped = CONFIGS / "loadtest"
     parser.add_argument("--workload", type=Path, default=shipped / "debug.yaml", help="YAML of tenants and classes")
-    parser.add_argument("--slo", type=Path, help="YAML of objectives; without it there is no verdict")
+    parser.add_argument(
+        "--slo", type=Path, help="YAML of objectives; without it lost and doubled jobs are judged alone"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/loadtest"), help="folder for the report")
     parser.add_argument("--seed", type=int, help="instead of the workload's")
     parser.add_argument("--request-rate", type=float, help="jobs a second, instead of the workload's")
@@ -128,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alone", type=int, default=0, metavar="JOBS", help="of each class, before: for simulation --against"
     )
-    parser.add_argument("--job-timeout", type=float, default=600.0, help="seconds after the last arrival")
+    parser.add_argument(
+        "--job-timeout", type=float, default=600.0, help="seconds after the last arrival; with --alone, of each job"
+    )
     remote = parser.add_argument_group("any service")
     remote.add_argument("--url", help="of the service; without it, one is started here")
     remote.add_argument("--keys", type=Path, help="YAML of API keys by tenant (default: PUSA_KEY_TENANT variables)")

@@ -44,7 +44,7 @@ class Run:
     tasks: Mapping[str, str]
     """By job class."""
     job_timeout_s: float
-    """After the last arrival is due, for what is then not seen to end."""
+    """After the last arrival is due, for what is then not seen to end; in a closed loop, after each job began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +64,35 @@ async def drive(target: Target, run: Run, began: float, at_once: int | None = No
         run: to be sent.
         began: the instant of ``time.monotonic`` from which the arrivals count.
         at_once: so many jobs at a time, each due when one before it has ended (a closed loop, which measures service
-            and not load); None: whatever has not ended, as the arrivals say.
+            and not load), until one does not complete; None: whatever has not ended, as the arrivals say.
+
+    Returns:
+        Of every job that was sent, by number.
     """
-    in_hand = _InHand()
-    deadline = began + run.arrivals[-1].at + run.job_timeout_s
+    in_hand, rows = _InHand(), list[Row]()
     async with AsyncExitStack() as stack:
         clients = {
             tenant: await stack.enter_async_context(client(target.url, key)) for tenant, key in target.keys.items()
         }
         places = asyncio.Semaphore(at_once or len(run.arrivals))
 
-        async def one(arrival: Arrival, sent: Form) -> Row:
+        async def one(arrival: Arrival, sent: Form) -> None:
             async with places:
-                due = arrival if at_once is None else replace(arrival, at=time.monotonic() - began)
-                return await _one(clients[due.tenant], run, due, sent, began, deadline, in_hand)
+                due, last_at = arrival, run.arrivals[-1].at
+                if at_once is not None:
+                    if any(row.outcome != "completed" for row in rows):
+                        return  # the service may still be busy with that one
+                    last_at = time.monotonic() - began
+                    due = replace(arrival, at=last_at)
+                deadline = began + last_at + run.job_timeout_s
+                rows.append(await _one(clients[due.tenant], run, due, sent, began, deadline, in_hand))
 
         try:
-            return await asyncio.gather(
-                *(one(arrival, sent) for arrival, sent in zip(run.arrivals, run.forms, strict=True))
-            )
+            await asyncio.gather(*(one(arrival, sent) for arrival, sent in zip(run.arrivals, run.forms, strict=True)))
         except asyncio.CancelledError:
             await _cancel(in_hand)
             raise
+    return sorted(rows, key=lambda row: row.number)
 
 
 async def _one(

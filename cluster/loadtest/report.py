@@ -31,7 +31,7 @@ class Report:
     readings: Sequence[Reading] | None
     """Beside the service's metrics; None: not read."""
     figures: Sequence[Figure]
-    """The verdict; empty: there were no objectives."""
+    """The verdict."""
 
     @property
     def is_met(self) -> bool:
@@ -81,8 +81,6 @@ def _head(report: Report) -> str:
 
 
 def _verdict(report: Report) -> str:
-    if not report.figures:
-        return "## Verdict\n\nNone: no objectives were given.\n"
     return f"## Verdict: {'met' if report.is_met else 'MISSED'}\n\n{table(report.figures)}"
 
 

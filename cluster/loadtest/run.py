@@ -20,7 +20,7 @@ from cluster.loadtest.report import Report
 from cluster.loadtest.rows import ALONE, TOGETHER, Row, write_rows
 from cluster.loadtest.saturation import Generation, Round, measure, overall_ratio
 from cluster.loadtest.schedule import Arrival, schedule, write_schedule
-from cluster.loadtest.slo import Slo
+from cluster.loadtest.slo import NO_OBJECTIVES, Slo
 from cluster.loadtest.summary import point, summarise
 from cluster.loadtest.verdict import verdict
 from cluster.loadtest.workload import Workload, write_workload
@@ -70,7 +70,7 @@ def perform(plan: Plan) -> tuple[Report, list[Row]]:
     """Do it; returns the report and the run's rows.
 
     Raises:
-        UnusableError: a warm-up job did not complete.
+        UnusableError: a job of the warm-up, or of those that measure the service alone, did not complete.
         httpx.HTTPError: the service cannot be asked.
     """
     workload, target = plan.workload, plan.target
@@ -101,7 +101,7 @@ def perform(plan: Plan) -> tuple[Report, list[Row]]:
         knee=knee(points),
         rounds=rounds,
         readings=compared,
-        figures=[] if plan.slo is None else verdict(summary, found, plan.slo, ratio),
+        figures=verdict(summary, found, plan.slo or NO_OBJECTIVES, ratio),
     )
     return report, rows
 
@@ -121,9 +121,7 @@ def _warm_up(plan: Plan) -> None:
     ]
     say(f"warming up with {len(arrivals)} jobs ...")
     rows, _ = asyncio.run(_driven(plan, "warm", arrivals))
-    for one in rows:
-        if one.outcome != "completed":
-            raise UnusableError(f"a warm-up job of class {one.job_class}: {one.outcome} ({one.code})")
+    _require_completed(rows, "warm-up")
 
 
 def _measure_alone(plan: Plan) -> None:
@@ -137,6 +135,13 @@ def _measure_alone(plan: Plan) -> None:
         say(f"{len(arrivals)} jobs {part} ...")
         rows, _ = asyncio.run(_driven(plan, part, arrivals, at_once=at_once))
         write_rows(plan.folder / f"jobs-{part}.jsonl", rows)
+        _require_completed(rows, f"{part} measurement")
+
+
+def _require_completed(rows: Sequence[Row], what: str) -> None:
+    for one in rows:
+        if one.outcome != "completed":
+            raise UnusableError(f"{what}, a job of class {one.job_class}: {one.outcome} ({one.code})")
 
 
 def _swept(plan: Plan) -> Iterator[Point]:

@@ -1,6 +1,6 @@
 """What the service is to reach: a YAML file as a value."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,14 +35,23 @@ class Slo:
     """Throughput at saturation by that of a plain loop; judged where it is measured."""
 
 
-def read_slo(path: Path) -> Slo:
+NO_OBJECTIVES = Slo(max_error_rate=None, max_p99_lag_s=None, min_saturation_ratio=None)
+
+
+def read_slo(path: Path, known: Collection[str]) -> Slo:
     """The objectives of a file.
+
+    Args:
+        path: of the YAML file.
+        known: the workload's classes, which the objectives must be of.
 
     Raises:
         SettingsError: it cannot be meant.
     """
     given = dict(read_yaml(path))
     classes = mapping(given.get("classes", {}), f"{path}: classes")
+    unknown = sorted(classes.keys() - set(known))
+    require(not unknown, f"{path}: classes: {', '.join(unknown)} are not in the workload; it has {', '.join(known)}")
     given["classes"] = {
         name: made(Objective, mapping(one, f"{path}: classes.{name}"), f"{path}: classes.{name}")
         for name, one in classes.items()

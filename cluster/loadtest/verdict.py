@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from cluster.loadtest.audit import Audit
 from cluster.loadtest.slo import Slo
 from cluster.loadtest.summary import Summary
-from cluster.verdicts import Figure, at_least, at_most, none_of
+from cluster.verdicts import Figure, at_least, at_most, none_of, told
 
 
 def verdict(summary: Summary, found: Audit, slo: Slo, saturation_ratio: float | None = None) -> list[Figure]:
@@ -35,9 +35,10 @@ def _rates(summary: Summary, slo: Slo) -> Iterator[Figure]:
 
 def _classes(summary: Summary, slo: Slo) -> Iterator[Figure]:
     for name, objective in slo.classes.items():
-        group = summary.classes.get(name)
-        if group is not None and group.attainment is not None:
-            what = f"within {objective.latency_s:g} s, part of all"
+        group, what = summary.classes.get(name), f"within {objective.latency_s:g} s, part of all"
+        if group is None or group.attainment is None:
+            yield told(f"class {name}", what, "no job was due")
+        else:
             yield at_least(f"class {name}", what, group.attainment.value, objective.attainment)
 
 

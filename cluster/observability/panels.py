@@ -69,11 +69,6 @@ def _quantile(share: float, metric: Metric, by: str, labels: str = "") -> str:
     return f"histogram_quantile({share:g}, sum by (le, {by}) (rate({metric.series[0]}{labels}[15m])))"
 
 
-def _mean(metric: Metric, by: str) -> str:
-    _, total, count = metric.series
-    return f"sum by ({by}) (rate({total}[15m])) / sum by ({by}) (rate({count}[15m]))"
-
-
 def _now(metric: Metric, by: str = "") -> str:
     """Every dispatcher of a rolling upgrade tells the same of the store."""
     return f"max{_by(by)} ({metric.series[0]})"
@@ -121,7 +116,7 @@ OVERVIEW = Dashboard(
         Panel(
             title="Seconds by stage",
             queries={
-                "{{stage}} mean": _mean(STAGE_SECONDS, "stage"),
+                "{{stage}} p50": _quantile(0.5, STAGE_SECONDS, "stage"),
                 "{{stage}} p95": _quantile(0.95, STAGE_SECONDS, "stage"),
             },
             unit="s",
@@ -309,7 +304,7 @@ GANGS_BOARD = Dashboard(
         Panel(
             title="GPU memory",
             queries={"{{NodeAddress}} {{GpuIndex}}": "max by (NodeAddress, GpuIndex) (ray_node_gram_used)"},
-            unit="decmbytes",
+            unit="mbytes",
             why_empty="Empty on nodes without a GPU.",
         ),
         Panel(

@@ -28,6 +28,7 @@ from serve.metrics import (
     REJECTS,
     REQUEUED,
     STEP_SECONDS,
+    STEP_SECONDS_SPENT,
     WEBHOOKS,
 )
 
@@ -38,7 +39,7 @@ ALLOWED_LATE = 0.05
 
 _JOBS, _ROUNDS = JOBS.series[0], DISPATCHER_ROUNDS.series[0]
 _LATENCY_BUCKET, _, _LATENCY_COUNT = JOB_SECONDS.series
-_, _STEP_SUM, _STEP_COUNT = STEP_SECONDS.series
+_STEP_SPENT, _STEP_COUNT = STEP_SECONDS_SPENT.series[0], STEP_SECONDS.series[2]
 _HTTP = "ray_serve_num_http_requests_total"
 
 
@@ -104,11 +105,11 @@ RECORDINGS: tuple[Recording, ...] = (
     Recording(record="pusa:drain_seconds", expr="pusa:backlog_cost_seconds / clamp_min(pusa:gangs:open, 1)"),
     Recording(
         record="pusa:gangs:busy_ratio",
-        expr=f"sum(rate({_STEP_SUM}[5m])) / clamp_min(pusa:gangs:open, 1)",
+        expr=f"sum(rate({_STEP_SPENT}[5m])) / clamp_min(pusa:gangs:open, 1)",
     ),
     Recording(
         record="pusa:step_seconds:mean15m",
-        expr=f"sum by (max_tokens) (rate({_STEP_SUM}[15m])) / sum by (max_tokens) (rate({_STEP_COUNT}[15m]))",
+        expr=f"sum by (max_tokens) (rate({_STEP_SPENT}[15m])) / sum by (max_tokens) (rate({_STEP_COUNT}[15m]))",
     ),
     Recording(
         record="pusa:replicas_missing",

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,13 @@ def load_plan(path: Path) -> Plan:
     """
     given = yaml.safe_load(path.read_text())
     try:
-        objective, bursts = given.pop("objective"), given.pop("bursts", {})
+        objective = _only("objective", given.pop("objective"), ("latency_s", "part"))
+        bursts = _only("bursts", given.pop("bursts", {"every_h": math.inf, "jobs": 0}), ("every_h", "jobs"))
         plan = Plan(
             latency_s=objective["latency_s"],
             part=objective["part"],
-            burst_every_h=bursts.get("every_h", math.inf),
-            burst_jobs=bursts.get("jobs", 0),
+            burst_every_h=bursts["every_h"],
+            burst_jobs=bursts["jobs"],
             tenants=tuple(_made(Tenant, one) for one in given.pop("tenants")),
             classes=tuple(_made(JobClass, one) for one in given.pop("classes")),
             pools=tuple(_made(Pool, one) for one in given.pop("pools")),
@@ -155,7 +156,11 @@ def load_plan(path: Path) -> Plan:
 
 
 def _made(kind: Any, given: Mapping[str, Any]) -> Any:
-    unknown = set(given) - {one.name for one in fields(kind)}
+    return kind(**_only(kind.__name__, given, [one.name for one in fields(kind)]))
+
+
+def _only(what: str, given: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
+    unknown = given.keys() - set(known)
     if unknown:
-        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
-    return kind(**given)
+        raise TypeError(f"{what} has no {', '.join(sorted(unknown))}")
+    return given

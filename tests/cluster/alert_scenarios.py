@@ -48,7 +48,7 @@ OLDEST = 'ray_video_oldest_queued_seconds{priority="interactive",replica="d"}'
 QUEUED = 'ray_video_queue_depth{status="queued",replica="d"}'
 COST = 'ray_video_backlog_cost_seconds{status="queued",priority="interactive",tenant_class="1",replica="d"}'
 OPEN = 'ray_video_gangs{state="open",replica="d"}'
-STEP_SUM = 'ray_video_step_seconds_sum{max_tokens="32768"}'
+STEP_SPENT = 'ray_video_step_seconds_spent_total{max_tokens="32768"}'
 STEP_COUNT = 'ray_video_step_seconds_count{max_tokens="32768"}'
 SPILLED = 'ray_spill_manager_request_total{NodeAddress="10.0.0.1",Type="Spilled"}'
 LOOP = "ray_serve_controller_control_loop_duration_s"
@@ -68,7 +68,7 @@ HEALTHY = {
     COST: steady(130),
     OPEN: steady(2),
     'ray_video_gangs{state="silent",replica="d"}': steady(0),
-    STEP_SUM: rising(40),
+    STEP_SPENT: rising(40),
     STEP_COUNT: rising(10),
     'ray_video_gangs_lost_total{replica="d"}': from_minute(30, 0, 1),
     'ray_video_jobs_requeued_total{reason="gang_lost",replica="d"}': from_minute(30, 0, 2),
@@ -144,7 +144,7 @@ FIRING = {
     ),
     "PusaServerErrors": Scenario({http(500): from_minute(120, 60, 1)}),
     "PusaStepsSlower": Scenario(
-        {STEP_SUM: f"0+40x110 4400+80x{_N - 111}"},
+        {STEP_SPENT: f"0+40x110 4400+80x{_N - 111}"},
         labels={"max_tokens": "32768"},
         summary="Steps of up to 32768 tokens take half as long again as an hour ago.",
     ),

@@ -15,7 +15,7 @@ from cluster.loadtest.plots import draw
 from cluster.loadtest.report import Report, as_json, headlines, markdown
 from cluster.loadtest.rows import Row, read_rows, write_rows
 from cluster.loadtest.saturation import Round, overall_ratio
-from cluster.loadtest.slo import Objective, Slo
+from cluster.loadtest.slo import NO_OBJECTIVES, Objective, Slo
 from cluster.loadtest.statistics import mean_estimate, part_estimate, percentile_estimate
 from cluster.loadtest.summary import peak_in_flight, point, summarise
 from cluster.loadtest.verdict import verdict
@@ -172,6 +172,13 @@ def test_every_objective_can_be_missed():
     assert missed(good, ratio=0.89) == ["throughput by a plain loop's"]
 
 
+def test_a_class_that_no_job_was_due_of_is_told():
+    rows = [row(n) for n in range(20)]
+    slo = Slo(classes={"draft": Objective(latency_s=2), "text": Objective(latency_s=3)})
+    told = verdict(summarise(rows, slo), audit(rows, [listed(n) for n in range(20)], None), slo)[-1]
+    assert (told.scenario, told.value, told.must_be) == ("class text", "no job was due", "-")
+
+
 def at_rate(offered, achieved, mean):
     return Point(
         offered=offered, achieved=achieved, goodput=achieved, mean_s=mean, p50_s=mean, p95_s=mean, p95_low_s=None,
@@ -275,13 +282,21 @@ def test_a_report_has_every_part_and_its_pictures(tmp_path):
     assert json.loads(json.dumps(as_json(report), allow_nan=False))["summary"]["total"]["num_jobs"] == 30
 
 
-def test_a_run_without_objectives_has_no_verdict(tmp_path):
-    rows = [row(0), row(1)]
-    summary, found = summarise(rows, None), audit(rows, [listed(0), listed(1)], 2)
+@pytest.mark.parametrize(
+    ("service", "is_met", "says"),
+    [
+        ([listed(0), listed(1)], True, "| all jobs | lost | 0 | 0 | ok |"),
+        ([listed(0)], False, "| all jobs | lost | 1 [1] | 0 | MISSED |"),
+        ([listed(0), listed(1), listed(1, job_id="another")], False, "| all jobs | doubled | 1 [1] | 0 | MISSED |"),
+    ],
+)
+def test_a_run_without_objectives_is_judged_by_lost_and_doubled_jobs_alone(tmp_path, service, is_met, says):
+    rows = [row(0), row(1, latency=900.0, outcome="failed", sent_s=100.0)]
+    summary, found = summarise(rows, None), audit(rows, service, None)
     report = Report(
         facts={"run": "a-run"}, summary=summary, audit=found, faults=[], points=[], knee=None, rounds=[], readings=None,
-        figures=[],
+        figures=verdict(summary, found, NO_OBJECTIVES, 0.1),
     )  # fmt: skip
-    assert report.is_met
-    assert "None: no objectives" in markdown(report, [])
+    assert report.is_met == is_met
+    assert says in markdown(report, [])
     assert len(draw(tmp_path, rows, summary, None, [], [], None)) == 4

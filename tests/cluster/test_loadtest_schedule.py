@@ -125,7 +125,13 @@ def test_a_prompt_tells_which_of_the_runs_jobs_it_is_of(found, number):
 
 
 def test_shipped_objectives_are_of_the_shipped_classes():
-    assert read_slo(CONFIGS / "debug-slo.yaml").classes.keys() == workload().classes.keys()
+    assert read_slo(CONFIGS / "debug-slo.yaml", workload().classes).classes.keys() == workload().classes.keys()
+
+
+def test_an_objective_of_a_class_that_the_workload_lacks_is_refused(tmp_path):
+    (tmp_path / "slo.yaml").write_text("classes: {drafts: {latency_s: 1}}")
+    with pytest.raises(SettingsError, match="drafts are not in the workload; it has draft, text"):
+        read_slo(tmp_path / "slo.yaml", workload().classes)
 
 
 def test_keys_come_from_the_environment_or_a_file_and_none_is_left_out(tmp_path):

@@ -133,8 +133,7 @@ def test_a_run_against_a_url_is_reported_with_every_job_once(tmp_path, environme
 
 
 def test_what_is_refused_for_load_is_a_reject_and_no_error(tmp_path):
-    workload = read_workload(loadtest.CONFIGS / "loadtest/debug.yaml")
-    arrivals = [Arrival(number=n, at=0.0, tenant="amber", job_class="draft", seed=n) for n in range(6)]
+    workload, arrivals = drafts(6)
     with served(tmp_path, pretends=False) as (url, keys, store):
         store.set_tenant("amber", limits=asdict(Quota(max_queued=4)))
         rows = driven(url, keys, workload, arrivals, timeout_s=2.0)
@@ -143,13 +142,36 @@ def test_what_is_refused_for_load_is_a_reject_and_no_error(tmp_path):
     assert {one.http_status for one in rows if one.outcome == "rejected"} == {429}
 
 
+def test_a_closed_loop_gives_every_job_its_time_from_when_it_began(tmp_path):
+    workload, arrivals = drafts(3)
+    with served(tmp_path) as (url, keys, _):
+        rows = driven(url, keys, workload, arrivals, timeout_s=30.0, began=time.monotonic() - 100.0, at_once=1)
+    assert [one.outcome for one in rows] == ["completed"] * 3
+
+
+def test_a_closed_loop_ends_with_the_first_job_that_does_not_complete(tmp_path):
+    workload, arrivals = drafts(6)
+    with served(tmp_path, pretends=False) as (url, keys, store):
+        rows = driven(url, keys, workload, arrivals, timeout_s=0.5, at_once=1)
+        assert [one.outcome for one in rows] == ["timeout"]
+        assert sum(store.counts().values()) == 1
+
+
+def test_a_measurement_alone_in_which_a_job_does_not_complete_is_unusable(tmp_path, environment, capsys, monkeypatch):
+    monkeypatch.setattr("cluster.loadtest.run.ALONE", "please fail")  # part of its prompts
+    (tmp_path / "workload.yaml").write_text(WORKLOAD)
+    with served(tmp_path) as (url, keys, _):
+        environment(keys)
+        code = run(url, tmp_path, "--alone", "2", "--workload", str(tmp_path / "workload.yaml"))
+    assert code == 2
+    assert "measurement, a job of class draft: failed (gang_died)" in capsys.readouterr().err
+
+
 def test_a_service_that_nobody_answers_for_is_errors_within_bounds():
-    workload = read_workload(loadtest.CONFIGS / "loadtest/debug.yaml")
+    workload, arrivals = drafts(1)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    (row,) = driven(
-        url, {"amber": "k"}, workload, [Arrival(number=0, at=0.0, tenant="amber", job_class="draft", seed=0)]
-    )
+    (row,) = driven(url, {"amber": "k"}, workload, arrivals)
     assert (row.outcome, row.code, row.tries) == ("error", "no_answer", 4)
 
 
@@ -174,8 +196,14 @@ def test_faults_and_loops_need_a_service_of_our_own(tmp_path, flags, capsys):
     assert "service of our own" in capsys.readouterr().err
 
 
-def driven(url, keys, workload, arrivals, timeout_s=60.0):
-    return asyncio.run(drive(Target(url=url, keys=keys), a_run(workload, arrivals, timeout_s), time.monotonic()))
+def drafts(num):
+    workload = read_workload(loadtest.CONFIGS / "loadtest/debug.yaml")
+    return workload, [Arrival(number=n, at=0.0, tenant="amber", job_class="draft", seed=n) for n in range(num)]
+
+
+def driven(url, keys, workload, arrivals, timeout_s=60.0, began=None, at_once=None):
+    began = time.monotonic() if began is None else began
+    return asyncio.run(drive(Target(url=url, keys=keys), a_run(workload, arrivals, timeout_s), began, at_once))
 
 
 def a_run(workload, arrivals, timeout_s=60.0):

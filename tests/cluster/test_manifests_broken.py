@@ -263,6 +263,12 @@ def ray_environment_is_set(objects):
 
 
 @variant(KIND)
+def lost_nodes_are_given_up(objects):
+    environment = ray(objects, "head")["env"]
+    environment.remove(named(environment, "RAY_health_check_failure_threshold"))
+
+
+@variant(KIND)
 def gangs_hand_over(objects):
     del ray(objects, "denoiser")["lifecycle"]
 
@@ -490,6 +496,12 @@ def weights_are_checked(objects):
 def weights_are_listed(objects):
     data = only(objects, "ConfigMap", "weights")["data"]
     data["SHA256SUMS"] = "".join(line for line in data["SHA256SUMS"].splitlines(True) if "VAE" not in line)
+
+
+def test_a_quota_without_room_for_gangs_of_a_fixed_number_twice_is_caught():
+    objects = overlay(HOSTS)
+    only(objects, "ResourceQuota")["spec"]["hard"]["requests.nvidia.com/gpu"] = "77"
+    assert caught(objects) == {"quota-covers-an-upgrade"}
 
 
 @pytest.mark.parametrize(("rule", "name", "break_it"), VARIANTS, ids=[one[0] for one in VARIANTS])

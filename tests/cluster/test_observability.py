@@ -11,7 +11,7 @@ from cluster.observability.__main__ import files
 from cluster.observability.names import RAY_METRICS, known_names, used_names
 from cluster.observability.panels import DASHBOARDS
 from cluster.observability.rules import ALERTS, RECORDINGS, rule_file
-from serve.metrics import FAULTS, METRICS, JobMetrics, outcome_of, tenant_class
+from serve.metrics import FAULTS, METRICS, GangMetrics, JobMetrics, outcome_of, tenant_class
 from serve.policy.cost import Backlog
 from tests.cluster.alert_scenarios import FIRING, HEALTHY, STARTING
 
@@ -111,6 +111,11 @@ def test_every_query_is_about_metrics_that_exist(where):
     assert used or EXPRESSIONS[where].startswith("vector(")
 
 
+def test_no_query_is_about_the_sum_of_a_histogram_which_ray_makes_up():
+    sums = {name for metric in METRICS for name in metric.series if name.endswith("_sum")}
+    assert [where for where, query in EXPRESSIONS.items() if used_names(query) & sums] == []
+
+
 def test_every_metric_of_ours_is_shown_and_every_name_of_rays_is_used():
     used = {name for query in EXPRESSIONS.values() for name in used_names(query)}
     assert [metric.name for metric in METRICS if not used & set(metric.series)] == []
@@ -155,6 +160,19 @@ class Instrument:
     def inc(self, value, tags=None):
         key = tuple((tags or {}).values())
         self.values[key] = self.values.get(key, 0) + value
+
+    def observe(self, value, tags=None):
+        self.values.setdefault(tuple((tags or {}).values()), []).append(value)
+
+
+def test_the_seconds_of_steps_are_counted_as_they_were(monkeypatch):
+    made = {}
+    monkeypatch.setattr("serve.metrics.Metric.instrument", lambda self: made.setdefault(self.name, Instrument()))
+    metrics = GangMetrics()
+    metrics.step(20_000, 0.31)
+    metrics.step(20_000, 2.62)
+    assert made["video_step_seconds"].values == {("32768",): [0.31, 2.62]}
+    assert made["video_step_seconds_spent"].values == {("32768",): pytest.approx(2.93)}
 
 
 def test_a_backlog_is_told_by_class_and_forgotten_when_it_is_gone(monkeypatch):

@@ -123,7 +123,16 @@ def test_the_shipped_example_is_answered(tmp_path, capsys):
     assert "95% within 180 s: cheapest with" in said
 
 
-@pytest.mark.parametrize("change", [("shape: 832x480x81", "shape: other"), ("weight: 2", "wait: 2"), ("seed", "sead")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("shape: 832x480x81", "shape: other"),
+        ("weight: 2", "wait: 2"),
+        ("seed", "sead"),
+        ("every_h: 6", "every: 6"),
+        ("{latency_s: 180", "{latency: 180, latency_s: 180"),
+    ],
+)
 def test_a_plan_that_cannot_be_is_refused(tmp_path, capsys, change):
     config = tmp_path / "plan.yaml"
     config.write_text(EXAMPLE.read_text().replace(*change))

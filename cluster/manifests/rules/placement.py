@@ -1,7 +1,7 @@
 """Whether what the application asks for is there: labels, sizes and numbers of pods."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cluster.manifests.application import Deployment
 from cluster.manifests.finding import Finding, Object
@@ -115,30 +115,29 @@ def proxies_are_on_workers(objects: Sequence[Object]) -> list[Finding]:
 
 
 def quota_covers_an_upgrade(objects: Sequence[Object]) -> list[Finding]:
-    """Groups at their most, and the surge of an upgrade."""
-    found = []
-    for one in of_kind(objects, "ResourceQuota"):
-        hard = dig(one, "spec", "hard", default={})
-        surge = max((_surge(service) for service in ray_services(objects)), default=1.0)
-        most = {
-            f"requests.{GPU}": sum(pods.max_pods * pods.limit(GPU) for pods in ray_pods(objects)),
-            "pods": sum(pods.max_pods for pods in ray_pods(objects)),
-        }
-        found += [
-            Finding(
-                title(one), f"{name}: {hard[name]} is below {math.ceil(surge * amount)}, the most during an upgrade"
-            )
-            for name, amount in most.items()
-            if name in hard and quantity(hard[name]) < math.ceil(surge * amount)
-        ]
-    return found
+    """Groups at their most, and a second cluster beside them."""
+    sizes: dict[str, Callable[[Pods], float]] = {f"requests.{GPU}": lambda pods: pods.limit(GPU), "pods": lambda _: 1}
+    needed = {
+        name: sum(_during_upgrade(service, size) for service in ray_services(objects)) for name, size in sizes.items()
+    }
+    return [
+        Finding(title(one), f"{name}: {hard[name]} is below {most}, the most during an upgrade")
+        for one in of_kind(objects, "ResourceQuota")
+        for hard in [dig(one, "spec", "hard", default={})]
+        for name, most in needed.items()
+        if name in hard and quantity(hard[name]) < most
+    ]
 
 
-def _surge(service: Object) -> float:
+def _during_upgrade(service: Object, size: Callable[[Pods], float]) -> int:
+    """What both clusters ask for: the second begins with the least of every group, whatever the surge."""
+    most = sum(pods.max_pods * size(pods) for pods in ray_pods([service]))
+    least = sum(pods.min_pods * size(pods) for pods in ray_pods([service]))
     strategy = dig(service, "spec", "upgradeStrategy", default={})
     if strategy.get("type") == "None":
-        return 1.0
-    return 1.0 + float(dig(strategy, "clusterUpgradeOptions", "maxSurgePercent", default=100)) / 100
+        return math.ceil(most)
+    surge = float(dig(strategy, "clusterUpgradeOptions", "maxSurgePercent", default=100)) / 100
+    return math.ceil(most + max(surge * most, least))
 
 
 def _arguments(objects: Sequence[Object]) -> list[Mapping[str, object]]:
