@@ -123,6 +123,7 @@ class Dispatcher:
         previews = Previews(store, artifacts, stages, moderation, self._db)
         self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, previews.show, clock)
         self._attempts: dict[str, Attempt] = {}
+        self._started_at, self._began = time.time(), time.monotonic()
         self.demand = NOTHING
         self._max_running: dict[str, int | None] = {}
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
@@ -143,6 +144,8 @@ class Dispatcher:
             backlog_s=left_s,
             job_s=whole_s / num_jobs if num_jobs else 0.0,
             asked_s=self._ledger.delivered_s + left_s,
+            started_at=self._started_at,
+            age_s=time.monotonic() - self._began,
         )
 
     async def run(self) -> None:
