@@ -82,8 +82,8 @@ class Surplus:
 class State:
     """What the policy remembers from one call to the next."""
 
-    seen_at: float | None = None
-    asked_s: float = 0.0
+    last: Demand | None = None
+    """Newest that the load has in it."""
     load: float = 0.0
     """Gang-seconds asked for in a second."""
     surplus: Mapping[str, Surplus] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def replicas(
         now: seconds of any clock that does not go back.
     """
     if demand is not None:
-        state = _observed(demand, settings, state, now)
+        state = _observed(demand, settings, state)
     wanted = {role: fleet.target for role, fleet in fleets.items()}
     if demand is not None and DENOISER in fleets:
         wanted[DENOISER] = _gangs(demand, fleets[DENOISER], settings, state.load)
@@ -121,14 +121,17 @@ def replicas(
     return targets, replace(state, surplus=surplus)
 
 
-def _observed(demand: Demand, settings: Settings, state: State, now: float) -> State:
-    """The load, averaged; a dispatcher that begins to count anew says nothing of it."""
-    if state.seen_at is None or now <= state.seen_at:
-        return replace(state, seen_at=now if state.seen_at is None else state.seen_at, asked_s=demand.asked_s)
-    seconds, asked_s = now - state.seen_at, max(0.0, demand.asked_s - state.asked_s)
+def _observed(demand: Demand, settings: Settings, state: State) -> State:
+    """The load, averaged over the dispatcher's own time; another dispatcher counts from anew."""
+    last = state.last
+    if last is None or last.started_at != demand.started_at:
+        return replace(state, last=demand)
+    seconds = demand.age_s - last.age_s
+    if seconds <= 0:  # it is in the load
+        return state
     keep = math.exp(-seconds / settings.hold_s)
-    load = keep * state.load + (1 - keep) * asked_s / seconds
-    return replace(state, seen_at=now, asked_s=demand.asked_s, load=load)
+    load = keep * state.load + (1 - keep) * max(0.0, demand.asked_s - last.asked_s) / seconds
+    return State(last=demand, load=load, surplus=state.surplus)
 
 
 def _gangs(demand: Demand, fleet: Fleet, settings: Settings, load: float) -> int:

@@ -6,6 +6,7 @@ gateway and the dispatcher get the database's URL.
 
 import asyncio
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
-from serve.config import MAX_STREAMS, DenoiserConfig, RoleConfig, ServeConfig, require_shared_stores
+from serve.config import MAX_STREAMS, DenoiserConfig, RoleConfig, ServeConfig, WorkConfig, require_shared_stores
 from serve.dispatcher import Dispatcher
 from serve.gang import MakeWorker
 from serve.gang_replica import DenoiserReplica
@@ -30,11 +31,13 @@ from serve.store.jobs import JobStore
 from serve.sweeper import keep_sweeping
 from serve.text_encoder import TextEncoder
 from serve.traces import Traces
-from serve.vae import MAX_CALLS, NUM_DECODES, Vae
+from serve.vae import NUM_DECODES, NUM_OTHERS, Vae
 from serve.webhooks import Webhooks, keep_delivering
 
 if TYPE_CHECKING:
     from pusa_dist.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER = "Gateway", "Dispatcher", "TextEncoder", "Vae", "Denoiser"
 ROLES = (GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER)
@@ -44,6 +47,7 @@ _HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s
 # How long Serve waits before it does what a policy asks for. Ours for gangs has delays of its own.
 _AT_ONCE: dict[str, Any] = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
 _UNHURRIED: dict[str, Any] = {"upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
+_LOOK_S = 2.0
 Handle = DeploymentHandle[Any]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -81,7 +85,6 @@ class DispatcherReplica:
         self._store = JobStore(config.resolved_database_url)
         self._store.create_tables()
         artifacts = ArtifactStore(config.resolved_artifacts_url)
-        num_vaes = config.vae.max_replicas or config.vae.num_replicas
         self._dispatcher = Dispatcher(
             self._store,
             artifacts,
@@ -91,12 +94,13 @@ class DispatcherReplica:
             precision=precision,
             job_deadline_s=config.job_deadline_s,
             moderation=Moderation.load(config.moderation, metrics.moderated),
-            num_decoders=NUM_DECODES * num_vaes,
-            max_decoding=8 * NUM_DECODES * num_vaes,
+            num_decoders=NUM_DECODES,
+            max_decoding=8 * NUM_DECODES * _most(config.vae),
             handover_s=config.denoiser.handover_timeout_s,
             traces=self._traces,
         )
         self._running = asyncio.get_running_loop().create_task(self._dispatcher.run())
+        self._following = asyncio.get_running_loop().create_task(self._follow_vaes())
         sweeping = keep_sweeping(self._store, artifacts, leftovers_age_s=config.leftovers_age_s)
         self._sweeping = asyncio.get_running_loop().create_task(sweeping)
         webhooks = Webhooks(self._store, on_try=metrics.webhook)
@@ -118,6 +122,7 @@ class DispatcherReplica:
 
     async def __del__(self) -> None:
         """Drain: Ray Serve awaits this before it ends the replica."""
+        self._following.cancel()
         self._sweeping.cancel()
         self._delivering.cancel()
         await self._dispatcher.close()
@@ -125,21 +130,32 @@ class DispatcherReplica:
         self._store.close()
         await asyncio.to_thread(self._traces.close)
 
+    async def _follow_vaes(self) -> None:
+        """Keep what waits for a VAE here, in fair order, until there is one; with a replica it has its place."""
+        app_name = ray_serve.get_replica_context().app_name
+        while True:
+            try:
+                # Without any, one is given all the same: Serve has to see that somebody waits.
+                self._dispatcher.resize_decoders(NUM_DECODES * max(1, await num_running(app_name, VAE)))
+            except Exception as error:  # noqa: BLE001 - whatever keeps the controller: it will be back
+                logger.warning("the number of VAEs is not known: %s", type(error).__name__)
+            await asyncio.sleep(_LOOK_S)
+
 
 class TextEncoderReplica(TextEncoder):
     """See ``serve.text_encoder``."""
 
-    def __init__(self, logs: Logs, model: ModelConfig, device: str) -> None:
+    def __init__(self, logs: Logs, model: ModelConfig, config: WorkConfig) -> None:
         logs.configure()
-        super().__init__(model, device)
+        super().__init__(model, config.device, config.stuck_after_s)
 
 
 class VaeReplica(Vae):
     """See ``serve.vae``."""
 
-    def __init__(self, logs: Logs, model: ModelConfig, device: str, artifacts_url: str) -> None:
+    def __init__(self, logs: Logs, model: ModelConfig, config: WorkConfig, artifacts_url: str) -> None:
         logs.configure()
-        super().__init__(model, device, artifacts_url, VaeMetrics().decoder_failed)
+        super().__init__(model, config.device, artifacts_url, VaeMetrics().decoder_failed, config.stuck_after_s)
 
 
 def build_app(args: ServeConfig) -> ray_serve.Application:
@@ -172,12 +188,22 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
     config = config.model_copy(update={"state_dir": str(Path(config.state_dir).absolute())})
     if ray.is_initialized():
         require_shared_stores(config, num_alive_nodes())
-    text_encoder = _deployment(TextEncoderReplica, TEXT_ENCODER, config.text_encoder, max_ongoing_requests=16).bind(
-        Logs(config.logs, {"role": TEXT_ENCODER}), model, config.text_encoder.device
-    )
-    vae = _deployment(VaeReplica, VAE, config.vae, max_ongoing_requests=MAX_CALLS).bind(
-        Logs(config.logs, {"role": VAE}), model, config.vae.device, config.resolved_artifacts_url
-    )
+    text_encoder = _deployment(
+        TextEncoderReplica,
+        TEXT_ENCODER,
+        config.text_encoder,
+        max_ongoing_requests=16,
+        **_scale(config.text_encoder, **_UNHURRIED, target_ongoing_requests=8.0),
+    ).bind(Logs(config.logs, {"role": TEXT_ENCODER}), model, config.text_encoder)
+    vae = _deployment(
+        VaeReplica,
+        VAE,
+        config.vae,
+        # However badly decodes are spread, there is room for what need not wait for them.
+        max_ongoing_requests=NUM_DECODES * _most(config.vae) + NUM_OTHERS,
+        # As many decodes are given as there are replicas: more of these are wanted when they are busy most of the time.
+        **_scale(config.vae, **_UNHURRIED, target_ongoing_requests=0.85 * NUM_DECODES),
+    ).bind(Logs(config.logs, {"role": VAE}), model, config.vae, config.resolved_artifacts_url)
     denoiser = _gang_deployment(config).bind(
         Logs(config.logs, {"role": DENOISER}), config.denoiser, make_worker, config.resolved_artifacts_url, DISPATCHER
     )
@@ -192,9 +218,14 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
         autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=1),
     ).bind(config, model.name, model.precision_on(config.denoiser.device), text_encoder, vae)
     ingress: Any = ray_serve.ingress()(GatewayReplica)
-    return _deployment(ingress, GATEWAY, config.gateway, max_ongoing_requests=MAX_STREAMS + 200).bind(
-        config, dispatcher, denoiser
-    )
+    most_requests = MAX_STREAMS + 200
+    return _deployment(
+        ingress,
+        GATEWAY,
+        config.gateway,
+        max_ongoing_requests=most_requests,
+        **_scale(config.gateway, **_UNHURRIED, target_ongoing_requests=0.5 * most_requests),
+    ).bind(config, dispatcher, denoiser)
 
 
 def check_cluster(config: ServeConfig) -> None:
@@ -240,11 +271,15 @@ async def readiness(app_name: str) -> dict[str, bool]:
     return {role: role in deployments and deployments[role].status == "HEALTHY" for role in ROLES}
 
 
+async def num_running(app_name: str, role: str) -> int:
+    """Replicas of a role that are up."""
+    status = await asyncio.to_thread(ray_serve.status)
+    states = status.applications[app_name].deployments[role].replica_states
+    return sum(number for state, number in states.items() if state == "RUNNING")
+
+
 def _deployment(cls: Any, name: str, role: RoleConfig, **options: Any) -> Any:
-    scale = _scale(role, **_UNHURRIED, target_ongoing_requests=max(1.0, 0.5 * options["max_ongoing_requests"]))
-    if "autoscaling_config" in options:
-        scale = {}
-    options = {**_HEALTH, "graceful_shutdown_timeout_s": 600.0, **scale, **options}
+    options = {**_HEALTH, "graceful_shutdown_timeout_s": 600.0, **options}
     return ray_serve.deployment(name=name, ray_actor_options=_actor_options(role), **options)(cls)
 
 
@@ -271,6 +306,11 @@ def _gang_deployment(config: ServeConfig) -> Any:
         **_scale(role, **_AT_ONCE, policy={"policy_function": "cluster.ray_scaling:Denoiser"}),
         **options,
     )(DenoiserReplica)
+
+
+def _most(role: RoleConfig) -> int:
+    """Replicas there may be."""
+    return role.max_replicas or role.num_replicas
 
 
 def _scale(role: RoleConfig, **how: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pusa_dist.config import ModelConfig, ParallelConfig, load_model_config
 from pusa_dist.errors import ConfigError
 from serve.logs import LogFormat
+from serve.watched import STUCK_AFTER_S
 
 MAX_STREAMS = 800
 """Event streams of a gateway, of all tenants; each is a request that goes on until its job ends."""
@@ -55,6 +56,14 @@ class StageConfig(RoleConfig):
 
     num_replicas: int = Field(1, ge=0)
     """0: scales to zero, with ``max_replicas`` and an ``autoscaling_policy`` of the application."""
+
+
+class WorkConfig(StageConfig):
+    """A stage beside the gangs."""
+
+    stuck_after_s: float = Field(STUCK_AFTER_S, gt=0)
+    """Work that does not move on for this long (a prompt, four frames, a file) hangs, and its replica is replaced;
+    the first of a process is given three times as long."""
 
 
 class DenoiserConfig(StageConfig):
@@ -164,8 +173,8 @@ class ServeConfig(Settings):
     uploads: UploadLimits = UploadLimits()
     gateway: RoleConfig = RoleConfig()
     dispatcher: RoleConfig = RoleConfig()
-    text_encoder: StageConfig = StageConfig()
-    vae: StageConfig = StageConfig()
+    text_encoder: WorkConfig = WorkConfig()
+    vae: WorkConfig = WorkConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
 
     @property

@@ -123,6 +123,7 @@ class Dispatcher:
         previews = Previews(store, artifacts, stages, moderation, self._db)
         self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, previews.show, clock)
         self._attempts: dict[str, Attempt] = {}
+        self._started_at, self._began = time.time(), time.monotonic()
         self.demand = NOTHING
         self._max_running: dict[str, int | None] = {}
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
@@ -133,12 +134,18 @@ class Dispatcher:
         """A gang is there, and may be given jobs; said again and again as long as it is."""
         self._gangs.register(name, gang, max_resident)
 
+    def resize_decoders(self, num_decoders: int) -> None:
+        """The VAE can be given more jobs at once, or fewer."""
+        self._decoding.resize(num_decoders, self._clock())
+
     def _demand(self, queued: Sequence[Backlog]) -> Demand:
         in_hand = [one for one in self._attempts.values() if one.stage != "decode"]
         left_s = sum(one.cost for one in queued) + sum(self._ledger.cost_left(one.job, one.step) for one in in_hand)
         whole_s = sum(one.whole for one in queued) + sum(self._ledger.cost_left(one.job, 0) for one in in_hand)
         num_jobs = sum(one.num for one in queued) + len(in_hand)
         return Demand(
+            started_at=self._started_at,
+            age_s=time.monotonic() - self._began,
             num_jobs=num_jobs,
             backlog_s=left_s,
             job_s=whole_s / num_jobs if num_jobs else 0.0,

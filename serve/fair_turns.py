@@ -18,7 +18,7 @@ class FairTurns:
     """
 
     def __init__(self, num_places: int) -> None:
-        self._num_free = num_places
+        self._num_places = self._num_free = num_places
         self._waiting: dict[str, tuple[Waiting, asyncio.Event]] = {}
         self._standings: dict[str, Standing] = {}
         self._clock = 0.0
@@ -46,8 +46,14 @@ class FairTurns:
             self._num_free += given.is_set()
             self._give(now)
 
+    def resize(self, num_places: int, now: float) -> None:
+        """There are more places, or fewer: who has a place keeps it."""
+        self._num_free += num_places - self._num_places
+        self._num_places = num_places
+        self._give(now)
+
     def _give(self, now: float) -> None:
-        while self._num_free and self._waiting:
+        while self._num_free > 0 and self._waiting:
             jobs = [job for job, _ in self._waiting.values()]
             turn = next(in_order(jobs, self._standings, clock=self._clock, now=now))
             job, given = self._waiting.pop(turn.job_id)

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TypeVar
@@ -14,30 +13,30 @@ from pusa_dist.media.child import DecoderLostError
 from pusa_dist.media.decoders import DecodeLimits, Decoders
 from pusa_dist.media.frames import Frame
 from pusa_dist.media.mp4 import Mp4Writer
+from pusa_dist.media.source import Frames, FrameSource
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.preview import LatentColours, to_webp
-from pusa_dist.request import GenerationRequest
+from pusa_dist.request import Fit, GenerationRequest
 from serve.lending import Lent
 from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import Artifact
+from serve.watched import STUCK_AFTER_S, WatchedThread
 
 T = TypeVar("T")
 
-NUM_THREADS = 2
-"""Encodes and decodes at once: a short encode need not wait for a long decode."""
 NUM_DECODES = 1
-"""Of them: two at once would both be late, and a thread is left for encodes."""
-MAX_CALLS = NUM_THREADS + 1
-"""Calls that a replica takes at once: a preview need not wait for either."""
+"""At once: two would both be late."""
+NUM_OTHERS = 2
+"""Calls that a replica takes beside all decodes: a short encode need not wait for them, nor a preview for either."""
 
 _DECODE_LIMITS = DecodeLimits(num_bytes=2**40, wall_s=120.0, cpu_s=120, memory_bytes=2**32)
 """Generous: the gateway has judged every input, here a hang or a crash of a decoder must only not cost the GPU."""
 
 
 class Vae:
-    """Encodes and decodes on threads, so that the replica always answers Serve."""
+    """Encodes, decodes and draws previews, on a thread each, so that the replica always answers Serve."""
 
     def __init__(
         self,
@@ -45,16 +44,24 @@ class Vae:
         device: str,
         artifacts_url: str,
         on_decoder_failure: Callable[[], None] | None = None,
+        stuck_after_s: float = STUCK_AFTER_S,
     ) -> None:
         from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
 
-        self._codec = VideoCodec(model, device, source=Decoders(NUM_THREADS, _DECODE_LIMITS))
+        self._encodes = WatchedThread("encode", stuck_after_s)
+        self._decodes = WatchedThread("decode", stuck_after_s)
+        self._previews = WatchedThread("preview", stuck_after_s)
+        source = _WatchedSource(Decoders(1, _DECODE_LIMITS), self._encodes.moves_on)
+        self._codec = VideoCodec(model, device, source=source)
         self._artifacts = ArtifactStore(artifacts_url)
         self._on_decoder_failure = on_decoder_failure
-        self._threads = ThreadPoolExecutor(NUM_THREADS, "vae")
-        self._previews = ThreadPoolExecutor(1, "preview")
         self._colours: LatentColours | None = None
         self._lent = Lent()
+
+    async def check_health(self) -> None:
+        """Raise if a piece of work hangs, so that Serve replaces the replica."""
+        for thread in (self._encodes, self._decodes, self._previews):
+            thread.check()
 
     async def encode(self, request: GenerationRequest, keys: Sequence[str]) -> TensorRef:
         """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
@@ -69,7 +76,7 @@ class Vae:
                     self._on_decoder_failure()
                 raise ReplicaLostError(str(error)) from error
 
-        return await self._in_thread(work)
+        return await _run(self._encodes, work)
 
     async def preview(
         self, job_id: str, attempt: int, step: int, request: GenerationRequest, latents: TensorRef
@@ -111,27 +118,11 @@ class Vae:
                 return published
 
         # Whoever stops an attempt removes its files, but the thread may write one more after that.
-        return await self._in_thread(work, undo=lambda: self._artifacts.delete(prefix))
+        return await _run(self._decodes, work, undo=lambda: self._artifacts.delete(prefix))
 
     def _publish(self, key: str, path: Path, content_type: str) -> Artifact:
         self._artifacts.put_file(key, path)
         return Artifact(key=key, content_type=content_type, num_bytes=path.stat().st_size)
-
-    async def _in_thread(self, work: Callable[[Callable[[], None]], T], undo: Callable[[], None] | None = None) -> T:
-        stopped = threading.Event()
-
-        def check() -> None:
-            if stopped.is_set():
-                raise Cancelled("the caller asked for the work to stop")
-
-        working = self._threads.submit(work, check)
-        try:
-            return await asyncio.wrap_future(working)
-        except asyncio.CancelledError:
-            stopped.set()  # the thread goes on: it stops at its next check
-            if undo is not None:
-                working.add_done_callback(lambda _: undo())
-            raise
 
 
 def write_files(folder: Path, request: GenerationRequest, chunks: Iterator[Frame]) -> dict[str, tuple[Path, str]]:
@@ -170,3 +161,43 @@ def _checked(frames: Iterator[Frame], check: Callable[[], None]) -> Iterator[Fra
     for chunk in frames:
         check()
         yield chunk
+
+
+async def _run(
+    thread: WatchedThread, work: Callable[[Callable[[], None]], T], undo: Callable[[], None] | None = None
+) -> T:
+    stopped = threading.Event()
+
+    def check() -> None:
+        thread.moves_on()
+        if stopped.is_set():
+            raise Cancelled("the caller asked for the work to stop")
+
+    working = thread.submit(work, check)
+    try:
+        return await asyncio.wrap_future(working)
+    except asyncio.CancelledError:
+        stopped.set()  # the thread goes on: it stops at its next check
+        if undo is not None:
+            working.add_done_callback(lambda _: undo())
+        raise
+
+
+class _WatchedSource:
+    """Frames of a source; the codec asks for more when it has encoded what it had."""
+
+    def __init__(self, source: FrameSource, moves_on: Callable[[], None]) -> None:
+        self._source = source
+        self._moves_on = moves_on
+
+    def image(self, data: bytes, width: int, height: int, fit: Fit) -> Frame:
+        """See ``FrameSource.image``."""
+        self._moves_on()
+        return self._source.image(data, width, height, fit)
+
+    def clip(self, data: bytes, start: int, stop: int | None, width: int, height: int, fit: Fit) -> Frames:
+        """See ``FrameSource.clip``."""
+        with closing(self._source.clip(data, start, stop, width, height, fit)) as frames:
+            for frame in frames:
+                self._moves_on()
+                yield frame

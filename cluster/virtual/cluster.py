@@ -119,6 +119,8 @@ class VirtualCluster:
         """As a dispatcher tells it; steps of a stretch count when somebody has looked at their gang."""
         num_jobs = self._num_unfinished
         return Demand(
+            started_at=0.0,
+            age_s=self._loop.now,
             num_jobs=num_jobs,
             backlog_s=max(0.0, self._asked_s - self._delivered_s) if num_jobs else 0.0,
             job_s=self._whole_s / num_jobs if num_jobs else 0.0,

@@ -6,8 +6,15 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Jobs that have not come to their decoding, in predicted gang-seconds."""
+    """Jobs that have not come to their decoding, in predicted gang-seconds.
 
+    Gangs pass it on, so it may come late, more than once and out of order; its stamp says what it is worth.
+    """
+
+    started_at: float
+    """Of which dispatcher: Unix seconds, by its own clock, when it started."""
+    age_s: float
+    """How long that one had run when it said so: its own clock, which never goes back."""
     num_jobs: int
     backlog_s: float
     """What they still need, together."""
@@ -24,6 +31,8 @@ class Demand:
     def of_stats(cls, stats: Mapping[str, float]) -> "Demand":
         """The reverse of ``stats``."""
         return cls(
+            started_at=stats["started_at"],
+            age_s=stats["age_s"],
             num_jobs=round(stats["num_jobs"]),
             backlog_s=stats["backlog_s"],
             job_s=stats["job_s"],
@@ -31,5 +40,5 @@ class Demand:
         )
 
 
-NOTHING = Demand(num_jobs=0, backlog_s=0.0, job_s=0.0, asked_s=0.0)
-"""Of a dispatcher that has not looked yet."""
+NOTHING = Demand(started_at=0.0, age_s=0.0, num_jobs=0, backlog_s=0.0, job_s=0.0, asked_s=0.0)
+"""Of a dispatcher that has not looked yet; it takes no part in an estimate, as no dispatcher started then."""

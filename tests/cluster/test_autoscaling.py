@@ -22,9 +22,19 @@ settings = st.builds(
     objective_s=st.floats(1, 1000), cold_start_s=st.floats(0, 1000), hold_s=st.floats(1, 500),
     idle_s=st.floats(0, 900), queue_share=st.floats(0.05, 1), max_load=st.floats(0.1, 1), vae_s=st.floats(0, 60),
 )  # fmt: skip
+
+
+def told(age_s=100.0, started_at=1.0, **values):
+    """What a dispatcher says, at some age of it."""
+    return Demand(started_at=started_at, age_s=age_s, **values)
+
+
+nothing_new = {"num_jobs": st.just(0), "backlog_s": st.just(0.0), "job_s": st.just(0.0)}
 states = st.builds(
-    State, seen_at=st.none() | st.floats(0, 99), asked_s=st.floats(0, 1e5), load=st.floats(0, 1e3)
-)  # fmt: skip
+    State,
+    last=st.none() | st.builds(told, age_s=st.floats(0, 99), asked_s=st.floats(0, 1e5), **nothing_new),
+    load=st.floats(0, 1e3),
+)
 
 
 @st.composite
@@ -40,7 +50,7 @@ def demands(draw):
     num_jobs = draw(st.integers(0, 10_000))
     job_s = draw(st.floats(0, 1000)) if num_jobs else 0.0
     backlog_s = num_jobs * job_s * draw(st.floats(0, 1))
-    return Demand(num_jobs=num_jobs, backlog_s=backlog_s, job_s=job_s, asked_s=backlog_s + draw(st.floats(0, 1e5)))
+    return told(num_jobs=num_jobs, backlog_s=backlog_s, job_s=job_s, asked_s=backlog_s + draw(st.floats(0, 1e5)))
 
 
 @given(demands(), st.fixed_dictionaries(dict.fromkeys((*ROLES, GATEWAY), fleets())), settings, states)
@@ -98,9 +108,8 @@ class Toy:
     def second(self):
         ready = sum(at <= self.now for at in self.ready_at)
         num_jobs = math.ceil(self.left_s / self.job_s - 1e-9)
-        demand = Demand(
-            num_jobs=num_jobs, backlog_s=self.left_s, job_s=self.job_s if num_jobs else 0.0, asked_s=self.asked_s
-        )
+        job_s = self.job_s if num_jobs else 0.0
+        demand = told(self.now, num_jobs=num_jobs, backlog_s=self.left_s, job_s=job_s, asked_s=self.asked_s)
         of_roles = {
             DENOISER: Fleet(ready=ready, target=self.target, least=0, most=self.most),
             TEXT_ENCODER: Fleet(ready=self.texts, target=self.texts, least=0, most=self.most),
@@ -165,7 +174,7 @@ def test_a_burst_is_worked_off_within_the_objective():
 
 def test_less_is_granted_only_after_a_while_and_then_what_was_enough():
     fleet = Fleet(ready=10, target=10, least=0, most=20)
-    demand = Demand(num_jobs=50, backlog_s=300.0, job_s=20.0, asked_s=300.0)
+    demand = told(num_jobs=50, backlog_s=300.0, job_s=20.0, asked_s=300.0)
     wanted, state = replicas(demand, {DENOISER: fleet}, SETTINGS, State(), 0.0)
     assert wanted[DENOISER] == 10
     busier = replace(demand, backlog_s=480.0)
@@ -188,7 +197,7 @@ def test_the_last_gang_goes_later_than_the_others():
 def test_vaes_follow_the_rate_of_the_gangs():
     gangs = Fleet(ready=40, target=40, least=40, most=40)
     followers = Fleet(ready=0, target=0, least=0, most=99)
-    demand = Demand(num_jobs=500, backlog_s=5000.0, job_s=10.0, asked_s=0.0)
+    demand = told(num_jobs=500, backlog_s=5000.0, job_s=10.0, asked_s=0.0)
     of_roles = {DENOISER: gangs, TEXT_ENCODER: followers, VAE: followers}
     wanted, _ = replicas(demand, of_roles, replace(SETTINGS, vae_s=3.0, text_s=0.1), State(), 0.0)
     assert wanted[VAE] == math.ceil(4 * 3.0 / SETTINGS.max_load)  # 4 jobs a second
@@ -229,7 +238,7 @@ class Id(str):
         return str(self)
 
 
-BURST = Demand(num_jobs=20, backlog_s=400.0, job_s=20.0, asked_s=400.0)
+BURST = told(num_jobs=20, backlog_s=400.0, job_s=20.0, asked_s=400.0)
 
 
 def test_as_serve_calls_it_for_the_application():
@@ -250,4 +259,83 @@ def test_as_serve_calls_it_for_the_denoiser_alone():
     policy = Denoiser()
     assert policy(context(BURST))[0] == 9
     assert policy(context(target_num_replicas=2))[0] == 2
-    assert policy(context(BURST, at=10.0, target_num_replicas=2))[0] == 2  # long ago
+
+
+def quiet(age_s, asked_s=0.0, started_at=1.0):
+    return told(age_s, started_at, num_jobs=0, backlog_s=0.0, job_s=0.0, asked_s=asked_s)
+
+
+class Service:
+    """An application's policy, and what Serve hands to it and keeps for it."""
+
+    def __init__(self, **settings):
+        self._policy, self._kept = Application(**settings), {}
+
+    @property
+    def load(self):
+        return self._kept[Id(DENOISER)]["pusa"].load
+
+    def gangs(self, now, target, *reports):
+        """How many are wanted when every replica's last report is one of these, that Serve thinks new."""
+        raw = {
+            name: {n: [SimpleNamespace(timestamp=now, value=one.stats()[name])] for n, one in enumerate(reports)}
+            for name in NOTHING.stats()
+        }
+        gangs = context(current_time=now, target_num_replicas=target, raw_metrics=raw)
+        gangs.policy_state = self._kept.get(Id(DENOISER), {})
+        wanted, self._kept = self._policy({Id(DENOISER): gangs})
+        return wanted[Id(DENOISER)]
+
+
+def test_a_dispatcher_that_says_nothing_new_is_silent_however_often_gangs_repeat_it():
+    service = Service()
+    assert service.gangs(0.0, 2, BURST) == 9
+    assert service.gangs(29.0, 2, BURST) == 9
+    assert service.gangs(31.0, 2, BURST, BURST) == 2
+    assert service.gangs(32.0, 2, BURST, replace(BURST, age_s=150.0)) == 9
+
+
+@pytest.mark.parametrize("skew_s", [0.0, -1e6, 1e6])
+def test_it_does_not_matter_what_time_it_is_at_the_dispatcher(skew_s):
+    service = Service()
+    for now in range(100):
+        assert service.gangs(now, 2, replace(BURST, started_at=1e6 + skew_s, age_s=now)) == 9
+
+
+def test_what_a_dead_dispatcher_had_been_asked_for_is_no_load():
+    service = Service()
+    for now in range(100):
+        service.gangs(now, 1, quiet(now, 200_000.0), quiet(now - 1, 200_000.0))
+    assert service.load == 0
+    for now in range(100, 110):  # one gang has registered again, another repeats the dead one
+        new = quiet(now - 99, started_at=1000.0)
+        assert service.gangs(now, 1, new, quiet(99, 200_000.0)) <= 1
+        assert service.gangs(now + 0.5, 1, quiet(99, 200_000.0)) <= 1
+    assert service.load == 0
+
+
+def test_a_restarted_dispatcher_whose_clock_is_behind_is_believed_when_the_old_one_is_silent():
+    service = Service()
+    assert service.gangs(0.0, 2, replace(BURST, started_at=1000.0)) == 9
+    for now in range(1, 40):
+        wanted = service.gangs(now, 2, replace(BURST, started_at=1000.0), quiet(now, started_at=500.0))
+    assert wanted <= 2
+
+
+def test_a_queue_that_a_restarted_dispatcher_finds_is_no_load():
+    service = Service()
+    for now in range(10):
+        service.gangs(now, 1, NOTHING)
+    for age_s in range(10):
+        service.gangs(10 + age_s, 1, replace(BURST, age_s=float(age_s), asked_s=1e4))
+    assert service.load == 0
+
+
+@pytest.mark.parametrize("num_gangs", [0, 8])
+def test_gangs_that_repeat_the_dispatcher_late_do_not_change_the_load(num_gangs):
+    service, asked_s = Service(hold_s=600), [2.0 * second for second in range(7200)]  # two gangs' worth
+    for now in range(60, 7200):
+        late = [quiet(now - 2 - 5 * n, asked_s[now - 2 - 5 * n]) for n in range(num_gangs)]
+        newest = [] if num_gangs and now % 3 else [quiet(now, asked_s[now])]  # by turns, as they push
+        service.gangs(now, 3, *newest, *late)
+    assert service.load == pytest.approx(2.0, rel=0.01)

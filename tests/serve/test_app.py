@@ -1,7 +1,9 @@
+import asyncio
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,8 +13,9 @@ from ray.serve.schema import ServeDeploySchema
 import configs
 from cluster.ray_scaling import Application, Denoiser
 from pusa_dist.errors import ConfigError
+from serve import app as app_module
 from serve.__main__ import main
-from serve.app import ROLES, application, build_app, require_loopback
+from serve.app import ROLES, DispatcherReplica, application, build_app, require_loopback
 from serve.config import ServeConfig
 
 SHIPPED = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
@@ -109,6 +112,43 @@ def test_roles_are_placed_by_resources_and_labels():
     assert scaling.policy.get_policy() is Denoiser
     scaling = found["Dispatcher"]._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 1)
+
+
+@pytest.mark.parametrize("most", [None, 2, 8])
+def test_no_number_of_decodes_keeps_an_encode_or_a_preview_out(most):
+    config = ServeConfig.model_validate({"vae": {"max_replicas": most}})
+    assert deployments(build_app(config))["Vae"]._deployment_config.max_ongoing_requests == (most or 1) + 2
+
+
+def test_the_vae_is_given_as_many_jobs_as_there_are_replicas(monkeypatch):
+    states, given = [], []
+
+    def status():
+        deployment = SimpleNamespace(replica_states=states.pop(0))
+        return SimpleNamespace(applications={"pusa": SimpleNamespace(deployments={"Vae": deployment})})
+
+    async def scenario():
+        enough = asyncio.Event()
+
+        def resize(number):
+            given.append(number)
+            if len(given) == 4:
+                enough.set()
+
+        dispatcher = SimpleNamespace(_dispatcher=SimpleNamespace(resize_decoders=resize))
+        following = asyncio.create_task(DispatcherReplica._follow_vaes(dispatcher))
+        async with asyncio.timeout(20):
+            await enough.wait()
+        following.cancel()
+
+    monkeypatch.setattr(app_module, "_LOOK_S", 0.001)
+    monkeypatch.setattr(app_module.ray_serve, "status", status)
+    context = SimpleNamespace(app_name="pusa")
+    monkeypatch.setattr(app_module.ray_serve, "get_replica_context", lambda: context)
+    # Before the last one, what Serve answers makes no sense: the number stays.
+    states += [{"STARTING": 1}, {"RUNNING": 1, "STARTING": 7}, {"RUNNING": 8}, None, {"RUNNING": 2, "STOPPING": 6}]
+    asyncio.run(scenario())
+    assert given[:4] == [1, 1, 8, 2]
 
 
 def test_a_role_that_goes_to_zero_has_to_come_back():

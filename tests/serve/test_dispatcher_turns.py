@@ -177,3 +177,38 @@ def test_a_backlog_at_the_vae_keeps_no_other_tenant_out(world):
     decoded = [call[1] for call in world.stages.calls if call[0] == "decode"]
     assert decoded[:2] == ["a0", "b0"]
     assert set(world.metrics.outcomes) == {"completed"}
+
+
+def test_more_vaes_are_given_more_jobs(world):
+    names = [f"a{n}" for n in range(4)]
+    for number, name in enumerate(names):
+        world.add(name, created_at=time.time() + number)
+
+    def num_given():
+        return sum(call[0] == "decode" for call in world.stages.calls)
+
+    async def scenario():
+        world.stages.decoding = asyncio.Event()
+        async with world.dispatcher(num_decoders=1) as dispatcher:
+            await world.until(lambda: all(world.job(name).stage == "decode" for name in names))
+            assert num_given() == 1
+            dispatcher.resize_decoders(3)
+            await world.until(lambda: num_given() == 3)
+            world.stages.decoding.set()
+            await world.ended(*names)
+
+    run(scenario)
+
+
+def test_what_is_asked_for_says_of_which_dispatcher_it_is_and_how_old(world):
+    async def scenario():
+        told = []
+        for _ in range(2):
+            async with world.dispatcher() as dispatcher:
+                await world.until(lambda: dispatcher.demand.age_s > 0)
+                told.append(dispatcher.demand)
+                await world.until(lambda: dispatcher.demand.age_s > told[-1].age_s)
+                assert dispatcher.demand.started_at == told[-1].started_at
+        assert told[0].started_at < told[1].started_at
+
+    run(scenario)

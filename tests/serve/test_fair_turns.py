@@ -69,3 +69,36 @@ def test_who_is_stopped_leaves_its_place_to_the_next(is_waiting):
         assert not third.cancelled()
 
     asyncio.run(scenario())
+
+
+def test_places_come_and_go():
+    async def scenario():
+        turns, having, let = FairTurns(1), [], asyncio.Event()
+
+        async def have(name):
+            async with turns.turn(job(name), 1.0, now=0.0):
+                having.append(name)
+                await let.wait()
+
+        async def settled():
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return len(having)
+
+        tasks = [asyncio.create_task(have(f"a{n}")) for n in range(6)]
+        assert await settled() == 1
+        turns.resize(3, now=0.0)
+        assert await settled() == 3
+        turns.resize(1, now=0.0)
+        tasks[0].cancel()  # two are left where one should be: nobody follows
+        assert await settled() == 3
+        tasks[1].cancel()
+        assert await settled() == 3
+        tasks[2].cancel()
+        assert await settled() == 4
+        let.set()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert having == [f"a{n}" for n in range(6)]
+
+    asyncio.run(scenario())

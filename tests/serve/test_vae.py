@@ -14,7 +14,8 @@ from pusa_dist.media.child import DecoderLostError
 from pusa_dist.preview import LatentColours
 from pusa_dist.request import GenerationRequest
 from serve.stages import ReplicaLostError, TensorRef
-from serve.vae import NUM_THREADS, Vae
+from serve.vae import Vae
+from serve.watched import StuckError
 
 REQUEST = GenerationRequest(
     model="debug", prompt="a", negative_prompt="b", width=64, height=64, num_frames=5, fps=8,
@@ -78,7 +79,7 @@ def test_an_attempt_stopped_while_its_files_are_written_leaves_none(vae, tmp_pat
             await decoding
         vae._artifacts.delete("jobs/j/attempts/1")  # as the dispatcher does, too early for the last file
         go_on.set()
-        await asyncio.to_thread(vae._threads.shutdown)
+        await asyncio.to_thread(vae._decodes.shutdown)
 
     monkeypatch.setattr(vae._artifacts, "put_file", put_file_slowly)
     asyncio.run(scenario())
@@ -100,8 +101,8 @@ def test_previews_are_small_pictures_under_the_attempts_keys_and_the_map_is_fitt
 
 def test_a_preview_does_not_wait_for_decodes(vae):
     go_on = threading.Event()
-    for _ in range(NUM_THREADS):
-        vae._threads.submit(go_on.wait, 10)
+    for thread in (vae._encodes, vae._decodes):
+        thread.submit(go_on.wait, 10)
     values = np.zeros((3, 2, 8, 8), np.float32)
     asyncio.run(asyncio.wait_for(vae.preview("j", 1, 1, REQUEST, TensorRef(latents(values))), 5))
     go_on.set()
@@ -110,3 +111,87 @@ def test_a_preview_does_not_wait_for_decodes(vae):
 def test_decoders_that_do_not_work_are_the_replicas_trouble_not_the_requests(vae):
     with pytest.raises(ReplicaLostError):
         asyncio.run(vae.encode(REQUEST, []))
+
+
+class HeldCodec(FakeCodec):
+    """Holds every chunk until it is let go; counts how many decode at once."""
+
+    def __init__(self, *_, source, **__):
+        super().__init__()
+        self.source, self.holds, self.chunks = source, threading.Semaphore(0), threading.Semaphore(0)
+        self.num_now = self.num_most = 0
+
+    def decode(self, latents):
+        self.num_now += 1
+        self.num_most = max(self.num_most, self.num_now)
+        for chunk in super().decode(latents):
+            self.holds.release()
+            assert self.chunks.acquire(timeout=20)
+            yield chunk
+        self.num_now -= 1
+
+    def encode_inputs(self, request, inputs):
+        return "latents"
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    monkeypatch.setattr("pusa_dist.video_codec.VideoCodec", HeldCodec)
+    vae = Vae(load_model_config("debug"), "cpu", f"file://{tmp_path}", stuck_after_s=10.0)
+    vae._lent.lend = lambda value: value
+    return vae
+
+
+def test_decodes_take_turns_and_an_encode_need_not_wait_for_them(held):
+    async def scenario():
+        decodes = [asyncio.create_task(held.decode(f"j{n}", 1, REQUEST, TensorRef(latents()))) for n in range(3)]
+        await asyncio.sleep(0.2)
+        assert await asyncio.wait_for(held.encode(REQUEST, []), 5) == "latents"
+        held._codec.chunks.release(6)
+        await asyncio.gather(*decodes)
+
+    asyncio.run(scenario())
+    assert held._codec.num_most == 1
+
+
+def test_a_decode_that_hangs_is_noticed_even_when_nobody_waits_for_it_and_a_long_one_is_well(held):
+    now, codec = [0.0], held._codec
+    held._decodes._clock = lambda: now[0]
+
+    async def scenario():
+        decoding = asyncio.create_task(held.decode("j", 1, REQUEST, TensorRef(latents())))
+        for _ in range(2):  # each chunk takes as long as it may
+            assert await asyncio.to_thread(codec.holds.acquire, timeout=20)
+            now[0] += 30.0
+            await held.check_health()
+            codec.chunks.release()
+        await decoding
+        await held.check_health()
+        decoding = asyncio.create_task(held.decode("j", 2, REQUEST, TensorRef(latents())))
+        assert await asyncio.to_thread(codec.holds.acquire, timeout=20)
+        decoding.cancel()
+        await asyncio.gather(decoding, return_exceptions=True)
+        now[0] += 11.0
+        with pytest.raises(StuckError, match="decode"):
+            await held.check_health()
+        codec.chunks.release(2)
+
+    asyncio.run(scenario())
+
+
+def test_an_encode_moves_on_with_every_frame_that_it_reads(held, monkeypatch):
+    said = []
+    monkeypatch.setattr(held._codec.source, "_moves_on", lambda: said.append(True))
+    monkeypatch.setattr(held._codec.source, "_source", Stills())
+    assert list(held._codec.source.clip(b"", 0, 3, 8, 8, "cover")) == [0, 1, 2]
+    assert len(said) == 3
+    assert held._codec.source.image(b"", 8, 8, "cover") == 0
+    assert len(said) == 4
+
+
+class Stills:
+    def image(self, *_):
+        return 0
+
+    def clip(self, *_):
+        yield from range(3)
