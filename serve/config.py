@@ -165,7 +165,8 @@ class ServeConfig(Settings):
     max_event_streams: int = Field(50, ge=1)
     """Event streams of a tenant that a gateway keeps open at once."""
     job_deadline_s: float = Field(3600.0, gt=0)
-    """A job not finished this long after it was created is failed."""
+    """A job not finished this long after it was created is failed. Services that share a database need the same:
+    each ends overdue jobs of any model, so that those of one that is served no more do not wait for ever."""
     result_ttl_s: float = Field(7 * 86400.0, gt=0)
     """How long results are promised to be kept (``expires_at``)."""
     leftovers_age_s: float = Field(600.0, gt=0)
