@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from serve.patience import patiently
 from serve.stages import Checkpoint, Conditions, Stages, TensorRef
 from serve.store.jobs import Artifact, Job, Stage
 from serve.traces import NO_TRACES, Traces
@@ -79,7 +80,7 @@ async def run_stages(
     on_stage: Callable[[str, float], None],
     traces: Traces = NO_TRACES,
 ) -> dict[str, Artifact]:
-    """Take a job from where it stands to its files.
+    """Take a job from where it stands to its files; a stage that finds the stores away is made again.
 
     Args:
         attempt: of the job.
@@ -94,10 +95,9 @@ async def run_stages(
     """
     source = attempt.checkpoint or await _conditions(attempt, stages, on_stage, traces)
     with _stage(attempt, "denoise", on_stage, traces):
-        latents = await denoise(attempt, source)
+        latents = await patiently(lambda: denoise(attempt, attempt.checkpoint or source))
     with _stage(attempt, "decode", on_stage, traces):
-        async with decode_turn(attempt.job):
-            return await stages.decode(attempt.job, latents)
+        return await patiently(lambda: _decode(attempt.job, latents, stages, decode_turn))
 
 
 async def _conditions(
@@ -108,8 +108,13 @@ async def _conditions(
         context, negative = await _embed(job, stages)
     if job.request.conditioning:
         with _stage(attempt, "encode", on_stage, traces):
-            given = await stages.encode(job)
+            given = await patiently(lambda: stages.encode(job))
     return Conditions(context=context, negative=negative, given=given)
+
+
+async def _decode(job: Job, latents: TensorRef, stages: Stages, turn: DecodeTurn) -> dict[str, Artifact]:
+    async with turn(job):
+        return await stages.decode(job, latents)
 
 
 async def _embed(job: Job, stages: Stages) -> tuple[TensorRef, TensorRef | None]:

@@ -14,6 +14,12 @@ from pusa_dist.errors import ConfigError
 from serve.logs import LogFormat
 from serve.watched import STUCK_AFTER_S
 
+HOLD_S = 1.0
+"""Between two renewals of what a dispatcher has put on a gang."""
+ANSWER_S = 3.0
+"""A gang that has not answered a renewal within this has missed it."""
+MAX_MISSED = 2
+"""A gang that has missed so many renewals in a row is given up."""
 MAX_STREAMS = 800
 """Event streams of a gateway, of all tenants; each is a request that goes on until its job ends."""
 
@@ -90,7 +96,7 @@ class DenoiserConfig(StageConfig):
     checkpoint_every: int = Field(10, ge=1)
     """Steps that a job runs at most beyond its last published checkpoint: what a fault may cost it."""
     resident_lease_s: float = Field(8.0, gt=0)
-    """A job whose dispatcher was silent this long is dropped."""
+    """A job whose dispatcher was silent this long is dropped; as long as a dispatcher takes to give a gang up."""
     shared_forward_max_tokens: int = Field(0, ge=0)
     """Jobs of one shape share forwards of up to this many tokens in all; 0: never. Small shapes gain by it,
     and end within rounding of what they would be alone."""
@@ -105,6 +111,16 @@ class DenoiserConfig(StageConfig):
         if self.ranks_per_node > 1 and (not self.spread or world_size % self.ranks_per_node):
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} needs spread: true and must divide the {world_size} ranks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _renewals_keep_the_lease(self) -> Self:
+        least_s = MAX_MISSED * (HOLD_S + ANSWER_S)
+        if self.resident_lease_s < least_s:
+            raise ValueError(
+                f"resident_lease_s={self.resident_lease_s:g} would run out between two renewals of a dispatcher that "
+                f"has missed no more of them than it may; set {least_s:g} or more"
             )
         return self
 
@@ -158,7 +174,8 @@ class ServeConfig(Settings):
     max_event_streams: int = Field(50, ge=1)
     """Event streams of a tenant that a gateway keeps open at once."""
     job_deadline_s: float = Field(3600.0, gt=0)
-    """A job not finished this long after it was created is failed."""
+    """A job not finished this long after it was created is failed. Services that share a database need the same:
+    each ends overdue jobs of any model, so that those of one that is served no more do not wait for ever."""
     result_ttl_s: float = Field(7 * 86400.0, gt=0)
     """How long results are promised to be kept (``expires_at``)."""
     leftovers_age_s: float = Field(600.0, gt=0)

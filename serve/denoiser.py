@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from typing import Protocol
 
-from pusa_dist.errors import GangError, PusaError
+from pusa_dist.errors import GangError, NumericsError, PusaError
 from serve.config import DenoiserConfig
 from serve.gang import Gang, Held
 from serve.logs import about
@@ -94,7 +94,7 @@ class Denoiser:
         self._start()
         for former in self._residents:
             if former.job_id == assignment.job_id and former.attempt <= assignment.attempt:
-                self._forget(former, "another attempt at its job came")
+                self._drop(former, "another attempt at its job came")
         resident = Resident(
             assignment=assignment,
             arrival=self._num_arrivals,
@@ -116,7 +116,7 @@ class Denoiser:
                     return
         finally:
             resident.is_gone = True
-            self._changed.set()
+            self._end(resident, ReplicaLostError("nobody listens any more"))
 
     async def release(self, job_id: str, attempt: int) -> None:
         """See ``GangHandle.release``."""
@@ -124,10 +124,12 @@ class Denoiser:
             self._hand_over(resident)
 
     async def drop(self, job_id: str, attempt: int) -> None:
-        """Forget the job at its next step."""
+        """Forget the job at its next step.
+
+        Its stream ends, too: Ray keeps a generator whose caller has gone running until it ends by itself.
+        """
         if (resident := self._find(job_id, attempt)) is not None:
-            resident.is_gone = True
-            self._changed.set()
+            self._end(resident, ReplicaLostError("its owner does not want it any more"))
 
     async def published(self, job_id: str, attempt: int, step: int) -> None:
         """See ``GangHandle.published``."""
@@ -144,7 +146,7 @@ class Denoiser:
                 resident.renewed_at, resident.claim = now, renewal.claim
                 resident.published = max(resident.published, renewal.published_step)
             elif now - resident.renewed_at >= _GRACE_S:
-                self._forget(resident, "its owner does not hold it any more")
+                self._drop(resident, "its owner does not hold it any more")
         self._changed.set()
         return self.state(owner)
 
@@ -176,7 +178,7 @@ class Denoiser:
     def state(self, owner: str) -> GangState:
         """What this owner should know."""
         return GangState(
-            num_others=sum(one.assignment.owner != owner and not one.is_gone for one in self._residents),
+            num_others=sum(one.assignment.owner != owner for one in self._residents),
             is_closed=self._is_leaving or self._gang.error is not None,
             lora=self._lora,
             switch_s=self._switch_s,
@@ -186,12 +188,20 @@ class Denoiser:
     def _find(self, job_id: str, attempt: int) -> Resident | None:
         return next((one for one in self._residents if (one.job_id, one.attempt) == (job_id, attempt)), None)
 
-    def _forget(self, resident: Resident, why: str) -> None:
-        if not resident.is_gone:
-            with about(job=resident.job_id, tenant=resident.claim.tenant):
-                logger.warning("job %s: attempt %d dropped: %s", resident.job_id, resident.attempt, why)
-            resident.is_gone = True
-            resident.messages.put_nowait(ReplicaLostError(f"the gang dropped the job: {why}"))
+    def _drop(self, resident: Resident, why: str) -> None:
+        with about(job=resident.job_id, tenant=resident.claim.tenant):
+            logger.warning("job %s: attempt %d dropped: %s", resident.job_id, resident.attempt, why)
+        self._end(resident, ReplicaLostError(f"the gang dropped the job: {why}"))
+
+    def _end(self, resident: Resident, last: Finished | Released | PusaError) -> None:
+        """However a job leaves: its stream ends with this message, the ranks forget it before their next step."""
+        if resident not in self._residents:  # it has left already
+            return
+        self._residents.remove(resident)
+        if resident.is_admitted and not isinstance(last, Finished):
+            self._to_drop.append(resident.name)
+        resident.messages.put_nowait(last)
+        self._changed.set()
 
     def _start(self) -> None:
         if not self._tasks:
@@ -206,15 +216,14 @@ class Denoiser:
         while self._gang.error is None:
             await asyncio.sleep(_TICK_S)
             now = self._clock()
-            for resident in self._residents:
+            for resident in list(self._residents):
                 if now - resident.renewed_at > self._config.resident_lease_s:
-                    self._forget(resident, f"its owner was silent for {self._config.resident_lease_s:g} s")
-            self._changed.set()
+                    self._drop(resident, f"its owner was silent for {self._config.resident_lease_s:g} s")
 
     async def _run(self) -> None:
         try:
             while self._gang.error is None:
-                await self._drop_gone()
+                await self._drop_from_ranks()
                 await self._admit_waiting()
                 await self._step()
         except GangError:
@@ -226,28 +235,18 @@ class Denoiser:
 
     def _fail_all(self) -> None:
         error = str(self._gang.error)
-        for resident in self._residents:
+        for resident in list(self._residents):
             # A job that had not been admitted did not bring the gang down.
-            resident.messages.put_nowait(GangError(error) if resident.is_admitted else GangUnavailableError(error))
-        self._residents.clear()
-        self._changed.set()
+            self._end(resident, GangError(error) if resident.is_admitted else GangUnavailableError(error))
 
-    async def _drop_gone(self) -> None:
-        for resident in [one for one in self._residents if one.is_gone]:
-            self._remove(resident)
+    async def _drop_from_ranks(self) -> None:
         while self._to_drop:
             deadline_s = self._config.step_deadline_floor_s
             await self._gang.call("drop", self._to_drop.pop(), deadline_s=deadline_s)
 
-    def _remove(self, resident: Resident) -> None:
-        if resident in self._residents:
-            self._residents.remove(resident)
-            if resident.is_admitted:
-                self._to_drop.append(resident.name)
-
     async def _admit_waiting(self) -> None:
         for resident in self._residents[: self._config.max_resident]:
-            if resident.is_admitted or resident.is_leaving or resident.is_gone:
+            if resident.is_admitted or resident.is_leaving or resident not in self._residents:
                 continue
             resident.is_admitted = resident.is_busy = True
             self._tell_progress(resident, 0.0)
@@ -257,7 +256,7 @@ class Denoiser:
             except GangError:
                 raise
             except PusaError as error:
-                self._give_up(resident, error)
+                self._end(resident, error)
             finally:
                 resident.is_busy = False
 
@@ -275,33 +274,45 @@ class Denoiser:
         stepping = self._choose()
         if not stepping:
             self._changed.clear()
-            if not self._to_drop and not any(one.is_gone for one in self._residents):
+            if not self._to_drop:
                 await self._changed.wait()
             return
-        names = [one.name for one in stepping]
-        shape = _shape(stepping)
-        started = time.perf_counter()
         for resident in stepping:
             resident.is_busy = True
         try:
-            (held, *_) = await self._gang.call("step", names, deadline_s=self._deadline(shape))
-            seconds = time.perf_counter() - started
-            self._measured(shape, seconds, stepping[0].claim.lora)
-            self._running = names[0]
-            for resident in stepping:
-                self._now(resident, held[resident.name])
-                self._tell_progress(resident, seconds, shape.num_tokens, len(stepping))
-                if resident.wants_preview():
-                    resident.previewing = asyncio.ensure_future(self._preview(resident))
-                await self._finish_if_done(resident)
-        except GangError:
-            raise
-        except PusaError as error:
-            for resident in stepping:
-                self._give_up(resident, error)
+            await self._advance(stepping)
         finally:
             for resident in stepping:
                 resident.is_busy = False
+
+    async def _advance(self, stepping: list[Resident]) -> None:
+        try:
+            await self._forward(stepping)
+        except GangError:
+            raise
+        except PusaError as error:
+            if isinstance(error, NumericsError) and len(stepping) > 1:
+                # The ranks have advanced none of them: alone, each makes the same step, and only the guilty one fails.
+                for resident in stepping:
+                    await self._advance([resident])
+                return
+            for resident in stepping:
+                self._end(resident, error)
+
+    async def _forward(self, stepping: list[Resident]) -> None:
+        names = [one.name for one in stepping]
+        shape = _shape(stepping)
+        started = time.perf_counter()
+        (held, *_) = await self._gang.call("step", names, deadline_s=self._deadline(shape))
+        seconds = time.perf_counter() - started
+        self._measured(shape, seconds, stepping[0].claim.lora)
+        self._running = names[0]
+        for resident in stepping:
+            self._now(resident, held[resident.name])
+            self._tell_progress(resident, seconds, shape.num_tokens, len(stepping))
+            if resident.wants_preview():
+                resident.previewing = asyncio.ensure_future(self._preview(resident))
+            await self._finish_if_done(resident)
 
     def _choose(self) -> list[Resident]:
         """Who makes the next step; nobody while the one whose turn it is waits for its checkpoint."""
@@ -337,8 +348,7 @@ class Denoiser:
     async def _finish_if_done(self, resident: Resident) -> None:
         if resident.step == resident.num_steps:
             latents = await self._gang.finish(resident.name, self._config.step_deadline_floor_s)
-            self._residents = [one for one in self._residents if one is not resident]
-            resident.messages.put_nowait(Finished(latents=TensorRef(latents)))
+            self._end(resident, Finished(latents=TensorRef(latents)))
 
     async def _save(self, resident: Resident) -> None:
         """Write a checkpoint; until it is published the job may run on for a while, then it waits."""
@@ -348,13 +358,13 @@ class Denoiser:
         except GangError:
             return  # the gang has logged and kept the reason
         except Exception as error:  # noqa: BLE001 - whatever the store raised: it is tried again
-            if resident in self._residents and not resident.is_gone:
+            if resident in self._residents:
                 logger.warning("job %s: no checkpoint at step %d: %s", resident.job_id, resident.step, error)
                 if self._metrics is not None:
                     self._metrics.checkpoint_failed()
                 await asyncio.sleep(_RETRY_S)
         else:
-            if resident.is_gone:
+            if resident not in self._residents:
                 await self._gang.discard(key)
                 return
             resident.saved = Checkpoint(key=key, step=step)
@@ -371,7 +381,7 @@ class Denoiser:
             resident.messages.put_nowait(Previewed(step=step, latents=TensorRef(latents)))
 
     def _hand_over(self, resident: Resident) -> None:
-        if not resident.is_leaving and not resident.is_gone:
+        if not resident.is_leaving:
             resident.is_leaving = True
             task = asyncio.ensure_future(self._release(resident))
             self._handing_over.add(task)
@@ -384,14 +394,7 @@ class Denoiser:
         newest = max(resident.assignment.step, resident.saved.step if resident.saved else 0)
         if resident in self._residents and resident.is_admitted and newest < resident.step:
             await self._save(resident)
-        if resident in self._residents:  # else it has finished, or the gang is lost
-            resident.messages.put_nowait(resident.released())
-            self._remove(resident)
-            self._changed.set()
-
-    def _give_up(self, resident: Resident, error: PusaError) -> None:
-        resident.messages.put_nowait(error)
-        self._remove(resident)
+        self._end(resident, resident.released())
 
     def _deadline(self, shape: StepShape) -> float:
         config = self._config

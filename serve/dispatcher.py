@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol, TypeVar
@@ -23,6 +23,7 @@ from serve.gangs import Metrics as GangsMetrics
 from serve.ledger import Ledger
 from serve.logs import about
 from serve.moderation import NO_MODERATION, Moderation
+from serve.patience import patiently
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.cost import Backlog
 from serve.policy.demand import NOTHING, Demand
@@ -30,7 +31,8 @@ from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import Priority, is_urgent
 from serve.previews import Previews
 from serve.stages import Checkpoint, GangHandle, Stages
-from serve.store.artifacts import ArtifactStore
+from serve.store.artifacts import ArtifactStore, StorageError
+from serve.store.attempts import UnreadableJobError
 from serve.store.jobs import Artifact, Job, JobStore
 from serve.traces import NO_TRACES, Traces
 
@@ -69,7 +71,7 @@ class Dispatcher:
         metrics: where outcomes are reported.
         model: name of the model that the gangs hold.
         precision: what they compute in, recorded with every job.
-        job_deadline_s: a job not finished this long after it was created is failed.
+        job_deadline_s: a job not finished this long after it was created is failed, of whatever model it is.
         moderation: asked before a preview or a result is published.
         num_decoders: jobs that the VAE is given at once.
         max_decoding: while this many are with the VAE or wait for it, only tenants that have none there get jobs taken.
@@ -196,7 +198,7 @@ class Dispatcher:
             await self._give_back()
             leases.cancel()
             await asyncio.gather(leases, return_exceptions=True)
-            await self._ledger.flush(self._db)
+            await self._if_possible(self._ledger.flush(self._db))
         self._database.shutdown()
 
     async def _give_back(self) -> None:
@@ -210,13 +212,19 @@ class Dispatcher:
                 attempt.task.cancel()
         await asyncio.gather(*(one.task for one in attempts if one.task is not None), return_exceptions=True)
         for attempt in attempts:
-            await self._write_progress(attempt)
-            await self._db(self._store.requeue, attempt.job.id, attempt.job.attempt, False)
+            await self._if_possible(self._write_progress(attempt))
+            await self._if_possible(self._db(self._store.requeue, attempt.job.id, attempt.job.attempt, False))
 
     async def _keep_leases_until_cancelled(self) -> None:
         while True:
-            await self._db(self._store.renew, self._owner, list(self._attempts), self._lease_s)
+            await self._if_possible(self._db(self._store.renew, self._owner, list(self._attempts), self._lease_s))
             await asyncio.sleep(self._lease_s / 5)
+
+    async def _if_possible(self, write: Awaitable[object]) -> None:
+        try:
+            await write
+        except Exception:  # one of the last things that are written: those that follow may work
+            logger.exception("the dispatcher could not reach its store while it closed")
 
     async def _keep_leases(self) -> None:
         # Only what is in hand: a job whose end could not be written has nobody who drives it.
@@ -230,7 +238,7 @@ class Dispatcher:
         tenants = await self._db(self._store.tenants)
         self._max_running = {one.name: one.quota.max_running for one in tenants}
         # Nothing is claimed meanwhile, so no job is counted twice.
-        backlog = await self._db(self._store.backlog)
+        backlog = await self._db(self._store.backlog, self._model)
         self.demand = self._demand([one for one in backlog if one.status == "queued"])
         self._metrics.round(backlog, lambda tenant: self._ledger.standing(tenant).weight)
         self._metrics.gangs(self._gangs.states, self._gangs.num_free)
@@ -253,8 +261,9 @@ class Dispatcher:
         turns = [turn for turn in self._turns(queued.values()) if turn.job_id in queued]
         first = {turn.tenant: turn for turn in reversed(turns)}
         self._gangs.note_queue(list(first.values()))
-        # An overdue job ends as soon as it is claimed: more urgent ones must not keep it waiting for ever.
-        overdue = [one.id for one in queued.values() if self._seconds_left(one.created_at) <= 0]
+        # An overdue job ends as soon as it is claimed: more urgent ones must not keep it waiting for ever, nor that
+        # nobody serves its model.
+        overdue = await self._db(self._store.overdue, self._clock() - self._job_deadline_s, _MAX_PER_TENANT)
         chosen = claims(
             (self._queued(queued[turn.job_id]) for turn in turns if turn.tenant not in held_up),
             (self._held(attempt) for attempt in self._attempts.values()),
@@ -265,7 +274,7 @@ class Dispatcher:
             # A job given back a moment ago is still ours until its attempt has ended here, too.
             if job_id in self._attempts:
                 continue
-            job = await self._db(self._store.claim, job_id, self._owner, self._lease_s)
+            job = await self._claimed(job_id)
             if job is not None:
                 if job.attempt == 1:
                     weight = self._ledger.standing(job.tenant).weight
@@ -275,6 +284,17 @@ class Dispatcher:
                 attempt = self._attempts[job_id] = Attempt(job)
                 with about(job=job_id, tenant=job.tenant):
                     attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
+
+    async def _claimed(self, job_id: str) -> Job | None:
+        try:
+            return await self._db(self._store.claim, job_id, self._owner, self._lease_s)
+        except UnreadableJobError as error:
+            # Not the cause's own words: they may quote the prompt.
+            logger.error("job %s: its row cannot be read: %s", job_id, type(error.__cause__).__name__)
+            message = "the service cannot read this job any more; send it again"
+            if await self._db(self._store.fail, job_id, error.attempt, "unreadable_job", message):
+                self._metrics.ended("unreadable_job", self._clock() - error.created_at, error.priority)
+            return None
 
     def _turns(self, queued: Iterable[Waiting]) -> list[Turn]:
         """The order of all that waits, ready or not."""
@@ -302,9 +322,14 @@ class Dispatcher:
     async def _write_progress(self, attempt: Attempt) -> None:
         attempt.is_reported = True
         job = attempt.job
-        if not await self._db(
-            self._store.progress, job.id, job.attempt, attempt.stage, attempt.step, job.request.num_inference_steps
-        ):
+        try:
+            is_ours = await self._db(
+                self._store.progress, job.id, job.attempt, attempt.stage, attempt.step, job.request.num_inference_steps
+            )
+        except BaseException:
+            attempt.is_reported = False
+            raise
+        if not is_ours:
             self._stop(attempt, "stale")
 
     def _stop(self, attempt: Attempt | None, why: Literal["cancelled", "stale"]) -> None:
@@ -316,10 +341,10 @@ class Dispatcher:
         job = attempt.job
         try:
             outcome = await self._outcome(attempt)
-            await asyncio.to_thread(self._clean, attempt, outcome)
             if outcome is not None:
                 self._metrics.ended(outcome, self._clock() - job.created_at, job.priority)
                 logger.info("job %s: %s after attempt %d", job.id, outcome, job.attempt)
+            await asyncio.to_thread(self._clean, attempt, outcome)
         except Exception:  # the store is gone, too: the lease runs out and the job is tried again
             logger.exception("job %s: the end of attempt %d could not be written", job.id, job.attempt)
         finally:
@@ -329,9 +354,15 @@ class Dispatcher:
         """Remove what the attempt leaves behind: files of no result, and checkpoints that nobody will need."""
         job = attempt.job
         if outcome != "completed":
-            self._artifacts.delete(f"jobs/{job.id}/attempts/{job.attempt}")
+            self._remove(job, f"jobs/{job.id}/attempts/{job.attempt}")
         if outcome is not None:
-            self._artifacts.delete(f"jobs/{job.id}/checkpoints")
+            self._remove(job, f"jobs/{job.id}/checkpoints")
+
+    def _remove(self, job: Job, prefix: str) -> None:
+        try:
+            self._artifacts.delete(prefix)
+        except StorageError as error:  # the sweeper will, some time after the job has ended
+            logger.warning("job %s: files that nobody needs cannot be removed now: %s", job.id, error)
 
     async def _outcome(self, attempt: Attempt) -> str | None:
         """Run the job and write how it ended; None when it has not ended."""
@@ -347,7 +378,9 @@ class Dispatcher:
                     ):
                         results = await self._run_stages(attempt)
                     keys = {variant: file.key for variant, file in results.items()}
-                    await asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
+                    await patiently(
+                        lambda: asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
+                    )
                 finally:
                     attempt.is_over = True
         except asyncio.CancelledError:
@@ -367,14 +400,14 @@ class Dispatcher:
 
     async def _run_stages(self, attempt: Attempt) -> dict[str, Artifact]:
         job = attempt.job
-        await self._db(self._store.record_precision, job.id, job.attempt, self._precision)
+        await patiently(lambda: self._db(self._store.record_precision, job.id, job.attempt, self._precision))
         try:
             return await self._through_stages(attempt)
         except CheckpointError as error:
             if attempt.checkpoint is None:
                 raise
             logger.warning("job %s: begins anew, its checkpoint cannot be used: %s", job.id, error)
-        await self._db(self._store.forget_checkpoint, job.id, job.attempt)
+        await patiently(lambda: self._db(self._store.forget_checkpoint, job.id, job.attempt))
         attempt.start_afresh()
         return await self._through_stages(attempt)
 
@@ -392,14 +425,16 @@ class Dispatcher:
     async def _publish(self, attempt: Attempt, checkpoint: Checkpoint) -> bool:
         """See ``serve.gangs.Publish``."""
         job, former = attempt.job, attempt.checkpoint
-        await self._report(attempt)  # steps are counted before the next attempt may begin after them
-        if not await self._db(self._store.checkpoint, job.id, job.attempt, checkpoint.key, checkpoint.step):
+        # Steps are counted before the next attempt may begin after them. The gang waits for an answer, if need be.
+        await patiently(lambda: self._report(attempt))
+        written = self._store.checkpoint, job.id, job.attempt, checkpoint.key, checkpoint.step
+        if not await patiently(lambda: self._db(*written)):
             self._stop(attempt, "stale")
             return False
         attempt.checkpoint = checkpoint
         self._metrics.checkpointed()
         if former is not None and former.key != checkpoint.key:
-            await asyncio.to_thread(self._artifacts.delete, former.key)
+            await asyncio.to_thread(self._remove, job, former.key)
         return True
 
     async def _stopped(self, attempt: Attempt) -> str | None:

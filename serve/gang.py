@@ -6,6 +6,7 @@ unanswered ping ends the whole gang at once.
 """
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +23,7 @@ from pusa_dist.request import GenerationRequest
 from serve.config import DenoiserConfig
 from serve.logs import Logs
 from serve.stages import ReplicaLostError
-from serve.store.artifacts import ArtifactStore
+from serve.store.artifacts import ArtifactStore, StorageError
 
 if TYPE_CHECKING:
     from pusa_dist.worker import Worker
@@ -205,7 +206,7 @@ class Gang:
 
         Raises:
             CheckpointError: it is gone, damaged, or of another model, revision or precision.
-            ReplicaLostError: the artifact store cannot be reached.
+            StorageError: the artifact store cannot be reached.
             GangError: as ``call``.
         """
         self.check()
@@ -222,7 +223,7 @@ class Gang:
         """Write a resident's state while the gang goes on; returns its step and key.
 
         Raises:
-            ReplicaLostError: it could not be written; the gang goes on.
+            StorageError: it could not be written; the gang goes on.
             GangError: rank 0 died.
         """
         self.check()
@@ -293,6 +294,8 @@ class Gang:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, RayActorError):
             return self.lose(f"a rank died while {what}")
+        if isinstance(cause, TimeoutError):  # pings would have told of a rank that hangs
+            return StorageError(errno.ETIMEDOUT, f"{what}: no answer")
         return cause if isinstance(cause, PusaError) else ReplicaLostError(f"{what}: {type(cause).__name__}")
 
     async def _settle(self, what: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from pusa_dist.errors import PusaError
 from serve.attempt import Attempt
+from serve.config import ANSWER_S, HOLD_S, MAX_MISSED
 from serve.ledger import Ledger
 from serve.policy import placement
 from serve.policy.fairness import InHand, Turn, Waiting
@@ -42,11 +43,6 @@ from serve.store.jobs import Job
 
 logger = logging.getLogger(__name__)
 
-HOLD_S = 1.0
-ANSWER_S = 3.0
-"""A gang that has not answered a renewal within this has missed it."""
-MAX_MISSED = 2
-"""A gang that has missed so many renewals in a row is given up."""
 ARRANGE_S = 0.5
 """Places are looked at again after this long even if nothing seems to have changed: standings have."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pusa_dist.errors import ConfigError, RequestError
 from pusa_dist.request import GenerationRequest
-from serve.store.artifacts import ArtifactStore
+from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import Job
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Moderation:
         Raises:
             RequestError: it is refused.
             ModerationUnavailableError: the hook failed.
+            StorageError: it could not read the result.
         """
         if self._hook is not None:
             finished = Finished(
@@ -115,6 +116,8 @@ class Moderation:
         assert self._hook is not None
         try:
             reason = self._hook(subject)
+        except StorageError:  # it could not be shown the video: that is not for the hook to answer for
+            raise
         except Exception as error:  # noqa: BLE001 - the operator's code: whatever it raises, nothing passes
             # Not the error's own words: they may quote the prompt.
             logger.error("the moderation hook failed with %s", type(error).__name__)

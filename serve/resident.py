@@ -35,7 +35,7 @@ class Resident:
     is_leaving: bool = False
     """It makes no further step here."""
     is_gone: bool = False
-    """Nobody listens any more: cancelled, stale, or its stream has ended."""
+    """Nobody listens any more: its stream has ended, or was closed."""
     messages: "asyncio.Queue[Message | PusaError]" = field(default_factory=asyncio.Queue)
 
     @property
@@ -75,7 +75,7 @@ class Resident:
     @property
     def is_steady(self) -> bool:
         """Whether it is on the ranks and meant to stay."""
-        return self.is_admitted and not (self.is_leaving or self.is_gone)
+        return self.is_admitted and not self.is_leaving
 
     def seen(self, name: str) -> tick.Resident:
         """What the choice of the next step depends on, under that name."""

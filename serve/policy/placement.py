@@ -26,8 +26,6 @@ class Gang:
     max_resident: int = 2
     """Jobs that its ranks hold. One more may wait beside them, so that a gang that holds an interrupted job and
     ends another need not go on with the interrupted one only because nothing else has come yet."""
-    max_tokens: int | None = None
-    """Of all residents together, as memory allows; a single one is always admitted."""
     is_draining: bool = False
     """It gets no more jobs and lets go of those it has."""
 
@@ -113,11 +111,6 @@ class _Room:
     def has_place(self) -> bool:
         """Whether one more may wait beside those that its ranks hold."""
         return not self.is_spoken_for and len(self.gang.residents) <= self.gang.max_resident
-
-    def fits(self, job: Resident) -> bool:
-        """Whether memory allows one more."""
-        limit = self.gang.max_tokens
-        return limit is None or sum(one.claim.num_tokens for one in (*self.begun, *self.waiting, job)) <= limit
 
 
 def _room(gang: Gang, staying: list[Resident]) -> _Room:
@@ -207,7 +200,7 @@ class _Board:
         places = room.gang.max_resident - len(room.begun)
         if places <= 0 or room.is_spoken_for:
             return False
-        if len(room.waiting) < places and room.fits(job):
+        if len(room.waiting) < places:
             self._enter(job, room, wait=len(room.waiting) + room.num_leaving >= places)
             return True
         # Beside those that hold a place one more may wait, which makes room for nobody by itself.
@@ -239,10 +232,7 @@ class _Board:
             next_one, room = self._ending[index]
             if room.waiting != [next_one] or self._precedence_here(job) >= self._precedence_here(next_one):
                 continue
-            if precedence(job) < precedence(next_one):
-                if not room.fits(job):
-                    continue
-            else:  # the gang would begin with the other, wherever the two are together
+            if precedence(job) >= precedence(next_one):  # the gang would begin with that, were the two together
                 room.waiting.remove(next_one)
                 self.made.append(Release(next_one.job_id, room.gang.name))
             del self._ending[index]
@@ -263,9 +253,9 @@ class _Board:
         for lora, rooms in self._soonest.items():
             while rooms and not rooms[-1].is_open:
                 rooms.pop()
-            room = next((room for room in reversed(rooms) if room.is_open and room.fits(job)), None)
-            if room is None:
+            if not rooms:
                 continue
+            room = rooms[-1]
             wait_s = room.running.cost + (0.0 if lora == job.claim.lora else self._switch_s)
             if best is None or wait_s < best[0]:
                 best = wait_s, room

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
 
-from pusa_dist.errors import ConfigError
+from pusa_dist.errors import ConfigError, PusaError
 
 _DELETE_ATTEMPTS = 5
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
@@ -36,7 +36,7 @@ _WRITE_BYTES_PER_S = 1e6
 """A bucket that takes longer for a write is away. (Its client waits for ever to be told to send the bytes.)"""
 
 
-class StorageError(OSError):
+class StorageError(PusaError, OSError):
     """The artifact store cannot do it now: the disk is full, or the bucket does not answer; try again later.
 
     Its ``errno`` is ``ENOSPC`` or ``EDQUOT`` for a full disk, ``EIO`` for a bucket that fails in a way of its own.

@@ -11,11 +11,25 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, select, true, update
 
 from serve.policy.fairness import Waiting
+from serve.policy.priority import Priority
 from serve.store.database import Database
 from serve.store.deliveries import owe_delivery
 from serve.store.job import Artifact, Job, Stage, Status, job_from_row
 from serve.store.tables import jobs
 from serve.store.usage import count
+
+# Whatever JSON that is none, a field that is missing or unknown, or a value that is refused may raise.
+_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
+
+
+class UnreadableJobError(Exception):
+    """A job that was claimed, and whose row a process of this version cannot read."""
+
+    def __init__(self, attempt: int, created_at: float, priority: Priority) -> None:
+        super().__init__(attempt, created_at, priority)
+        self.attempt = attempt
+        self.created_at = created_at
+        self.priority: Priority = priority
 
 
 class Attempts(Database):
@@ -58,10 +72,19 @@ class Attempts(Database):
                 for row in connection.execute(query)
             ]
 
+    def overdue(self, created_before: float, limit: int) -> list[str]:
+        """The oldest jobs, of any model, that were created before then and are still queued."""
+        query = select(jobs.c.id).where(jobs.c.status == "queued", jobs.c.created_at < created_before)
+        with self._engine.connect() as connection:
+            return list(connection.execute(query.order_by(jobs.c.created_at).limit(limit)).scalars())
+
     def claim(self, job_id: str, owner: str, lease_s: float) -> Job | None:
         """Begin the next attempt at a queued job; None when somebody else was faster.
 
         The attempt continues from the job's checkpoint, if it has one: ``step`` is the checkpoint's.
+
+        Raises:
+            UnreadableJobError: the attempt has begun, and the row says nothing that can be run.
         """
         now = self._clock()
         claimed = {
@@ -75,7 +98,12 @@ class Attempts(Database):
         with self._writing() as connection:
             if connection.execute(update(jobs).where(queued).values(claimed)).rowcount == 0:
                 return None
-            return job_from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one())
+            try:
+                return job_from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one())
+            except _UNREADABLE as error:
+                known = select(jobs.c.attempt, jobs.c.created_at, jobs.c.priority).where(jobs.c.id == job_id)
+                row, cause = connection.execute(known).one(), error
+        raise UnreadableJobError(row.attempt, row.created_at, row.priority) from cause
 
     def renew(self, owner: str, job_ids: Collection[str], lease_s: float) -> None:
         """Extend the owner's leases of these jobs; what else it claimed runs out, and is queued again."""
@@ -108,12 +136,17 @@ class Attempts(Database):
     def progress(self, job_id: str, attempt: int, stage: Stage, step: int, num_steps: int) -> bool:
         """Where the attempt is.
 
-        ``steps_run`` grows with ``step``, so an attempt that continues from a checkpoint must not report
-        fewer steps than are done in it.
+        ``step`` only grows, whatever order reports come in, and ``steps_run`` with it; an attempt that continues
+        from a checkpoint must not report fewer steps than are done in it.
         """
-        more = case((jobs.c.step < step, step - jobs.c.step), else_=0)
+        furthest = case((jobs.c.step < step, step), else_=jobs.c.step)
         return self._report(
-            job_id, attempt, stage=stage, step=step, num_steps=num_steps, steps_run=jobs.c.steps_run + more
+            job_id,
+            attempt,
+            stage=stage,
+            step=furthest,
+            num_steps=num_steps,
+            steps_run=jobs.c.steps_run + furthest - jobs.c.step,
         )
 
     def checkpoint(self, job_id: str, attempt: int, key: str, step: int) -> bool:

@@ -181,8 +181,8 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             rows = connection.execute(select(jobs.c.status, func.count().label("num")).group_by(jobs.c.status)).all()
         return {row.status: row.num for row in rows}
 
-    def backlog(self) -> list[Backlog]:
-        """What every tenant has unfinished, by status and priority class; jobs that have ended cost nothing."""
+    def backlog(self, model: str) -> list[Backlog]:
+        """What every tenant has unfinished of a model, by status and class; jobs that have ended cost nothing."""
         query = (
             select(
                 jobs.c.tenant,
@@ -193,7 +193,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
                 func.sum(jobs.c.cost).label("whole"),
                 func.min(jobs.c.created_at).label("oldest"),
             )
-            .where(jobs.c.status.in_(("queued", "in_progress")))
+            .where(jobs.c.status.in_(("queued", "in_progress")), jobs.c.model == model)
             .group_by(jobs.c.tenant, jobs.c.status, jobs.c.priority)
         )
         now = self._clock()

@@ -45,6 +45,7 @@ class FakeWorker:
     def step(self, job_ids):
         for job_id in job_ids:
             self.step_one(*self.jobs[job_id])
+        for job_id in job_ids:  # all of them or, as above, none
             self.jobs[job_id][2] += 1
         return {job_id: self.jobs[job_id][2] for job_id in job_ids}
 

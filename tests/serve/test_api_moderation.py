@@ -1,6 +1,7 @@
 """Moderation: asked before a job is accepted and before a result is published, and nothing passes without it."""
 
 import asyncio
+import errno
 import hashlib
 import logging
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from pusa_dist.errors import ConfigError, RequestError
 from serve import moderation_example
 from serve.moderation import Finished, Moderation, ModerationUnavailableError, Submission
+from serve.store.artifacts import StorageError
 from tests.serve.api_support import Service, open_service, png
 from tests.serve.dispatcher_support import add_long, stored
 
@@ -83,6 +85,20 @@ def test_a_result_can_be_refused_before_anybody_sees_it(tmp_path: Path, monkeypa
         assert refusal.value.code == "moderation_refused"
         with pytest.raises(ModerationUnavailableError):
             Moderation(broken).check_result(job, keys, service.artifacts)
+
+
+def test_a_result_that_cannot_be_read_is_no_failure_of_the_hook(tmp_path: Path) -> None:
+    def away(_: str) -> bytes:
+        raise StorageError(errno.EIO, "no answer")
+
+    def reading(subject: Any) -> None:
+        subject.read("video")
+
+    with open_service(tmp_path) as service:
+        job = service.job(service.create()["id"])
+        service.artifacts.read = away  # type: ignore[method-assign]
+        with pytest.raises(StorageError):
+            Moderation(reading).check_result(job, {"video": "jobs/j/video"}, service.artifacts)
 
 
 def test_it_is_off_by_default(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pusa_dist.errors import ConfigError
 from serve import app as app_module
 from serve.__main__ import main
 from serve.app import ROLES, DispatcherReplica, application, build_app, require_loopback
-from serve.config import ServeConfig
+from serve.config import DenoiserConfig, ServeConfig
 
 SHIPPED = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
 CONFIGS = [path for path in SHIPPED if path.stem != "kustomization"]
@@ -78,6 +78,12 @@ def test_neighbouring_ranks_of_a_spread_gang_share_a_node():
     assert found.placement_group_bundle_label_selector == [{"role": "denoiser"}] * 2
     assert found.placement_group_strategy == "STRICT_SPREAD"
     assert [config.denoiser.bundle_of(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_a_lease_that_renewals_cannot_keep_is_refused():
+    DenoiserConfig(resident_lease_s=8.0)
+    with pytest.raises(ValueError, match=r"resident_lease_s=7\.9 would run out .*; set 8 or more"):
+        DenoiserConfig(resident_lease_s=7.9)
 
 
 @pytest.mark.parametrize("wrong", [{"spread": True, "ranks_per_node": 3}, {"ranks_per_node": 2}])

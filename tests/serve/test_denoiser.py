@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pusa_dist.errors import NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import _LINGER_S, Denoiser
 from serve.gang import Held
@@ -215,6 +216,48 @@ def test_a_checkpoint_that_comes_after_its_job_was_dropped_is_removed(rank):
     asyncio.run(scenario())
 
 
+def test_the_stream_of_a_dropped_job_ends_by_itself(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        given, seen = assignment(torch.ones(3), "dropped", steps=1000), []
+
+        async def read():  # as Ray does: to the end, whether or not anybody takes what comes
+            async for message in denoiser.generate(given):
+                seen.append(message)
+
+        reading = asyncio.create_task(read())
+        while not seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await denoiser.drop(given.job_id, given.attempt)
+        with pytest.raises(ReplicaLostError, match="does not want it"):
+            async with asyncio.timeout(2.0):
+                await reading
+        assert denoiser.state("another").num_others == 0
+        while rank.worker.jobs:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_is_dropped_before_its_turn_to_be_admitted_is_not_left_on_the_ranks(rank):
+    async def scenario():
+        denoiser, call = Denoiser(CONFIG, rank), rank.call
+
+        async def call_and_drop(method, *arguments, deadline_s):
+            if method == "admit" and arguments[0].startswith("job-first"):
+                await denoiser.drop("job-second", 1)
+            return await call(method, *arguments, deadline_s=deadline_s)
+
+        rank.call = call_and_drop
+        first, second = (asyncio.create_task(collect(denoise(denoiser, name))) for name in ("first", "second"))
+        with pytest.raises(ReplicaLostError):
+            await second
+        await first
+        assert rank.worker.jobs == {}
+
+    asyncio.run(scenario())
+
+
 def test_previews_come_every_so_many_steps_to_whom_they_were_promised(rank):
     given = replace(assignment(torch.ones(3), "shown", steps=6), preview_every=2)
 
@@ -318,3 +361,16 @@ def test_jobs_of_one_signature_share_forwards_up_to_the_limit(rank, limit, num_s
     messages = asyncio.run(scenario())
     steps = [message for message in messages if isinstance(message, Progress) and message.seconds]
     assert {message.num_sharing for message in steps} == {num_sharing}
+
+
+def test_a_job_whose_latents_are_not_finite_does_not_take_along_those_that_share_its_forward(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG.model_copy(update={"shared_forward_max_tokens": 100}), rank)
+        good = [asyncio.create_task(collect(denoise(denoiser, name))) for name in ("good", "better")]
+        with pytest.raises(NumericsError):
+            await collect(denoise(denoiser, "nan", virtual_time=-1.0))
+        return await asyncio.gather(*good)
+
+    for messages in asyncio.run(scenario()):
+        assert steps_of(messages) == [0, 1, 2, 3, 4]
+        assert isinstance(messages[-1], Finished)

@@ -1,6 +1,7 @@
 """The way of a job through the dispatcher, on a real job store; the rest of the cluster is a stand-in."""
 
 import asyncio
+import sqlite3
 import time
 from dataclasses import replace
 
@@ -130,6 +131,36 @@ def test_an_overdue_job_is_failed_though_more_urgent_ones_keep_coming(world):
 
     run(scenario)
     assert world.job("old").error_code == "deadline_exceeded"
+
+
+def test_jobs_of_a_model_that_is_not_served_are_no_demand_and_end_when_they_are_overdue(world):
+    world.add("foreign", model="another", cost=5_000.0)
+    world.add("old", model="another", cost=5_000.0, created_at=time.time() - 3600)
+
+    async def scenario():
+        async with world.dispatcher() as dispatcher:
+            await world.ended("old")
+            await asyncio.sleep(1.2)
+            assert (dispatcher.demand.num_jobs, dispatcher.demand.backlog_s) == (0, 0.0)
+
+    run(scenario)
+    assert world.job("old").error_code == "deadline_exceeded"
+    assert world.job("foreign").status == "queued"
+
+
+def test_a_row_that_cannot_be_read_fails_and_keeps_no_other_job_waiting(world):
+    world.add("unreadable")
+    with sqlite3.connect(world.folder / "jobs.sqlite") as connection:
+        connection.execute("UPDATE jobs SET request = 'no JSON'")
+    world.add("good")
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.until(lambda: len(world.metrics.outcomes) == 2)
+
+    run(scenario)
+    assert world.job("good").status == "completed"
+    assert sorted(world.metrics.outcomes) == ["completed", "unreadable_job"]
 
 
 def test_a_cancellation_that_comes_while_the_end_is_written_does_not_interrupt_it(world, monkeypatch):

@@ -1,13 +1,19 @@
 """What a job goes on from when a gang, another process or the dispatcher itself is lost or leaves."""
 
+import asyncio
+import errno
 import threading
 import time
 from dataclasses import replace
+
+import pytest
+from sqlalchemy.exc import OperationalError
 
 from pusa_dist.errors import CheckpointError, GangError
 from pusa_dist.request import Conditioning
 from serve.ending import MAX_ATTEMPTS
 from serve.stages import GangUnavailableError, ReplicaLostError
+from serve.store.artifacts import StorageError
 from tests.serve.dispatcher_support import INPUT, REQUEST, FakeGang, add_long, run, stored
 
 
@@ -269,3 +275,113 @@ def test_a_job_whose_end_could_not_be_written_is_tried_again(world, monkeypatch)
 
     run(scenario)
     assert (world.job("j").status, world.job("j").attempt) == ("completed", 2)
+
+
+NO_ANSWER = StorageError(errno.EIO, "no answer")
+CONNECTION_CUT = OperationalError("UPDATE jobs", {}, Exception("server closed the connection unexpectedly"))
+
+
+def failing(monkeypatch, thing, method, error, which=lambda *arguments: True, times=1):
+    """Make a method raise the first few times that it is called with such arguments."""
+    real, calls = getattr(thing, method), []
+
+    def fail_at_first(*arguments):
+        if which(*arguments) and len(calls) < times:
+            calls.append(arguments)
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(thing, method, fail_at_first)
+
+
+@pytest.mark.parametrize("stage", ["encode", "admit", "decode"])
+def test_a_bucket_that_is_away_costs_a_job_time_and_no_attempt(world, monkeypatch, stage):
+    monkeypatch.setattr("serve.patience.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("serve.patience.MAX_PAUSE_S", 0.01)
+    conditioning = (Conditioning(input=0, position=0, noise_multiplier=0.2),)
+    world.add("j", request=replace(REQUEST, conditioning=conditioning), inputs=(INPUT,))
+
+    async def scenario():
+        world.stages.faults["j", stage] = [NO_ANSWER] * (MAX_ATTEMPTS + 1)
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 1, 0)
+    assert len(world.gang.steps) == 3
+
+
+def test_a_job_that_waits_for_the_bucket_can_be_cancelled_and_has_its_deadline(world):
+    world.add("cancelled")
+    world.add("overdue")
+
+    async def scenario():
+        for job_id in ("cancelled", "overdue"):
+            world.stages.faults[job_id, "decode"] = [NO_ANSWER] * 100
+        async with world.dispatcher(job_deadline_s=4.0):
+            await world.until(lambda: len(world.stages.faults["cancelled", "decode"]) < 100)
+            world.store.request_cancel("local", "cancelled")
+            await world.ended("cancelled", "overdue")
+
+    run(scenario)
+    assert world.job("cancelled").status == "cancelled"
+    assert world.job("overdue").error_code == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("write", ["record_precision", "progress", "checkpoint"])
+def test_a_database_that_is_away_for_a_moment_costs_a_job_no_attempt(world, monkeypatch, write):
+    add_long(world, "j")
+    failing(monkeypatch, world.store, write, CONNECTION_CUT)
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt, world.job("j").steps_run) == ("completed", 1, 6)
+
+
+def test_files_that_nobody_needs_and_that_cannot_be_removed_cost_a_job_nothing(world, monkeypatch):
+    add_long(world, "j")
+    failing(monkeypatch, world.artifacts, "delete", NO_ANSWER, lambda key: "/checkpoints" in key, times=100)
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 1)
+    assert world.metrics.outcomes == ["completed"]
+
+
+def test_a_dispatcher_that_stops_keeps_its_leases_over_a_failure_of_the_database(world, monkeypatch):
+    world.add("j")
+
+    async def scenario():
+        world.stages.decoding = asyncio.Event()
+        stopping = world.dispatcher(lease_s=1.0)
+        await stopping.__aenter__()
+        await world.until(lambda: world.job("j").stage == "decode")
+        failing(monkeypatch, world.store, "renew", CONNECTION_CUT)
+        closing = asyncio.create_task(stopping.__aexit__(None, None, None))
+        await asyncio.sleep(1.5)
+        assert world.store.expired(time.time()) == []
+        world.stages.decoding.set()
+        await closing
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt) == ("completed", 1)
+
+
+def test_a_job_that_cannot_be_given_back_does_not_keep_the_others(world, monkeypatch):
+    for job_id in ("one", "two"):
+        add_long(world, job_id)
+    failing(monkeypatch, world.store, "requeue", CONNECTION_CUT)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher():
+            await world.until(lambda: len(world.gang.residents) == 2)
+
+    run(scenario)
+    assert sorted(world.job(job_id).status for job_id in ("one", "two")) == ["in_progress", "queued"]

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from pusa_dist.errors import ConfigError
+from serve.store.attempts import UnreadableJobError
 from serve.store.jobs import Artifact, DuplicateKeyError, Job, JobStore
+from serve.store.tables import jobs
 from tests.serve.store_support import LEASE_S, Clock, claimed, job_of, new_job
 
 
@@ -212,6 +215,37 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(store: JobStore) -> None:
         store.progress(job.id, 2, "denoise", step, 4)
     assert store.complete(job.id, 2, {}, {})
     assert job_of(store, job).steps_run == 5, "one step of four ran twice"
+
+
+def test_reports_that_come_in_the_wrong_order_count_no_step_twice(store: JobStore) -> None:
+    job = claimed(store, num_steps=8)
+    for step in (4, 6, 5, 7):
+        assert store.progress(job.id, 1, "denoise", step, 8)
+        assert job_of(store, job).step == max(step, 6 if step == 5 else 0)
+    assert job_of(store, job).steps_run == 7
+
+
+def test_overdue_jobs_are_those_that_still_wait_of_any_model_oldest_first(store: JobStore) -> None:
+    old = [new_job(created_at=age, model=model) for age, model in ((2.0, "debug"), (1.0, "another"), (3.0, "debug"))]
+    for job in (*old, new_job(created_at=9.0)):
+        store.create(job)
+    assert store.claim(old[2].id, "me", LEASE_S)
+    assert store.overdue(9.0, 10) == [old[1].id, old[0].id]
+    assert store.overdue(9.0, 1) == [old[1].id]
+
+
+@pytest.mark.parametrize("request_stored", [{"of": "another version"}, []])
+def test_a_row_that_cannot_be_read_is_claimed_so_that_it_can_be_failed(store: JobStore, request_stored: object) -> None:
+    job = new_job(priority="batch")
+    store.create(job)
+    with store._engine.begin() as connection:
+        connection.execute(update(jobs).values(request=request_stored))
+    with pytest.raises(UnreadableJobError) as refusal:
+        store.claim(job.id, "me", LEASE_S)
+    error = refusal.value
+    assert (error.attempt, error.created_at, error.priority) == (1, job.created_at, "batch")
+    assert store.fail(job.id, error.attempt, "unreadable_job", "it cannot be read")
+    assert store.waiting("debug", 10) == []
 
 
 def test_a_checkpoint_that_cannot_be_used_is_forgotten(store: JobStore) -> None:

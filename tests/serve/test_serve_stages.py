@@ -1,6 +1,7 @@
 """How Ray's failures become ours; the handles are stand-ins that raise what Ray raises."""
 
 import asyncio
+import errno
 
 import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError, RayTaskError, TaskCancelledError
@@ -17,6 +18,7 @@ from serve.stages import (
     ReplicaLostError,
     TensorRef,
 )
+from serve.store.artifacts import StorageError
 
 STEP = Progress(step=0, num_steps=4, seconds=0.0)
 GIVEN = Assignment(job_id="job", attempt=3, owner="me", request=None, source=None, claim=None)
@@ -71,10 +73,20 @@ async def drain(coordinator):
         ([ActorDiedError()], GangUnavailableError),
         ([task_error(GangUnavailableError("being replaced"))], GangUnavailableError),
         ([STEP, task_error(NumericsError("step 2"))], NumericsError),
+        ([task_error(StorageError(errno.EIO, "no answer"))], StorageError),
         ([STEP, task_error(OwnerDiedError("00" * 28, "owner", ""))], ReplicaLostError),
         ([STEP, TaskCancelledError()], ReplicaLostError),
     ],
-    ids=["gang lost", "coordinator died", "died before", "unavailable", "numerics", "tensor lost", "stopped"],
+    ids=[
+        "gang lost",
+        "coordinator died",
+        "died before",
+        "unavailable",
+        "numerics",
+        "bucket away",
+        "tensor lost",
+        "stopped",
+    ],
 )
 def test_a_failure_of_denoising_is_translated_once(messages, expected):
     with pytest.raises(expected) as caught:

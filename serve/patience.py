@@ -1,0 +1,37 @@
+"""What is done again until it works: whatever fails because the database or the artifact store is away.
+
+Such an outage says nothing of the job, so it costs the job no attempt, and no step that is done. It is the
+caller's deadline that ends the waiting.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from serve.store.artifacts import StorageError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Of the errors of a database, those that a statement without a fault meets: no connection, a server that goes
+# down, or one that has just become a standby and takes no writes (InternalError).
+AWAY = (StorageError, OperationalError, InterfaceError, InternalError, PoolTimeoutError)
+FIRST_PAUSE_S = 0.5
+MAX_PAUSE_S = 60.0
+
+
+async def patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """What ``work`` returns as soon as the stores let it; called again after pauses that double up to a minute."""
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return await work()
+        except AWAY as error:
+            logger.warning("the database or the artifact store is away, tried again in %g s: %s", pause_s, error)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
