@@ -47,16 +47,43 @@ def iter_frames(data: bytes) -> Iterator[Frame]:
     """Frames (H, W, 3) of a clip in order, upright as its display rotation says; one is in memory at a time.
 
     Raises:
-        RequestError: the clip cannot be decoded.
+        RequestError: the clip cannot be decoded, or is not shown as its pixels are stored (``check_plain``).
     """
     try:
         with open_clip(data) as container:
             stream = video_streams(container)[0]
             stream.thread_count = 1
             for frame in container.decode(stream):
+                check_plain(stream, frame)
                 yield upright(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8), frame.rotation)
+    except RequestError:  # which is a ValueError
+        raise
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise RequestError(f"the clip cannot be decoded ({error})", None, "invalid_clip") from error
+
+
+def check_plain(stream: "av.VideoStream", frame: "av.VideoFrame") -> None:
+    """Raise RequestError if a player would show something else than the frame's colours, pixel by pixel.
+
+    That is with pixels that are not square, which would come out stretched, and with transparency, of which
+    only the colours beneath would be left.
+    """
+    ratio = stream.sample_aspect_ratio or 1  # none: unknown, which players take as square
+    # Encoders that round a size write ratios such as 4320:4319, which are less than a pixel from square.
+    if abs(frame.width * ratio - frame.width) >= 1:
+        raise RequestError(
+            f"the clip's pixels are {ratio.numerator}:{ratio.denominator} (sample aspect ratio), not square; "
+            "convert it to square pixels (ffmpeg -vf scale=iw*sar:ih,setsar=1)",
+            None,
+            "unsupported_media",
+        )
+    # In WebM transparency is a second picture beside each, which the decoder is not given: only a tag tells.
+    if stream.metadata.get("alpha_mode") == "1" or any(part.is_alpha for part in frame.format.components):
+        raise RequestError(
+            "the clip is transparent in parts (it has an alpha channel); put it on a background and send it without",
+            None,
+            "unsupported_media",
+        )
 
 
 def upright(pixels: Frame, rotation: int) -> Frame:

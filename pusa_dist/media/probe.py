@@ -18,6 +18,7 @@ from pusa_dist.media.clips import (
     CLIP_CODECS,
     EBML_MAGIC,
     MP4_DEMUXER,
+    check_plain,
     demuxer_of,
     open_clip,
     video_streams,
@@ -123,6 +124,7 @@ def _decode_clip(data: bytes) -> MediaInfo:
                 raise RequestError(
                     f"the clip has more than {MAX_CLIP_FRAMES} frames; send a shorter one", None, "clip_too_long"
                 )
+            check_plain(stream, frame)
             shown = _shown_size(frame)
             if size not in (None, shown):
                 raise RequestError("the clip's frames differ in size; convert it to one size", None, "invalid_clip")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pusa_dist.checkpoint.keys import original_name
 from pusa_dist.checkpoint.load import read_tensors, refuse
+from pusa_dist.checkpoint.lora import read_pusa
 from pusa_dist.errors import ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer
 from pusa_dist.training.distributed import like, whole
@@ -107,26 +108,29 @@ def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Args:
         transformer: with an adapter injected.
-        tensors: of a file in Pusa's format, of the same rank.
+        tensors: of a file that the product can serve (``read_pusa``), of the same rank.
 
     Raises:
-        CheckpointError: listing every key that is missing, unexpected or of another shape; nothing was loaded.
+        CheckpointError: listing every key that is missing, unexpected or of another shape, or first every one that is
+            no LoRA's or without its other half; nothing was loaded.
     """
-    names = {_pusa_key(name): name for name in adapter_parameters(transformer)}
-    parameters = parameters_by_key(transformer)
-    given = {key.removeprefix("diffusion_model."): tensor for key, tensor in tensors.items()}
+    parameters = adapter_parameters(transformer)
+    given: dict[str, Tensor] = {}
+    for weight, delta in read_pusa(tensors).items():
+        linear = weight.removesuffix(".weight")
+        given |= {linear + _DOWN: delta.down, linear + _UP: delta.up}
     problems = {
-        "missing": sorted(parameters.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - parameters.keys()),
+        "missing": [_pusa_key(name) for name in parameters if name not in given],
+        "unexpected": [_pusa_key(name) for name in given if name not in parameters],
         "misshapen": [
-            f"{key} is {tuple(given[key].shape)}, not {tuple(parameter.shape)}"
-            for key, parameter in parameters.items()
-            if key in given and given[key].shape != parameter.shape
+            f"{_pusa_key(name)} is {tuple(given[name].shape)}, not {tuple(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if name in given and given[name].shape != parameter.shape
         ],
     }
     refuse("the adapter", problems)
-    for key, parameter in parameters.items():
-        value = given[key].to(parameter.dtype) / _scale(transformer, names[key])
+    for name, parameter in parameters.items():
+        value = given[name].to(parameter.dtype) / _scale(transformer, name)
         with torch.no_grad():
             parameter.copy_(like(value, parameter))
 

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,22 +156,16 @@ class Average:
             return
         torch._foreach_copy_(list[Tensor](parameters), self.state)
 
-    def in_place(self, parameters: list[nn.Parameter]) -> Any:
+    @contextmanager
+    def in_place(self, parameters: list[nn.Parameter]) -> Iterator[None]:
         """Context in which the weights are their average."""
-        return _Swapped(parameters, self)
-
-
-class _Swapped:
-    def __init__(self, parameters: list[nn.Parameter], average: Average) -> None:
-        self._parameters, self._average = parameters, average
-
-    def __enter__(self) -> None:
-        self._kept = [p.detach().clone() for p in self._parameters]
-        self._average.copy_to(self._parameters)
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(list[Tensor](self._parameters), self._kept)
+        kept = [p.detach().clone() for p in parameters]
+        self.copy_to(parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list[Tensor](parameters), kept)
 
 
 def save_atomically(content: object, path: Path) -> None:

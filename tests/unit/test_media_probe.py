@@ -4,6 +4,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -48,19 +49,24 @@ def clip(
     size: tuple[int, int] = (64, 48),
     rotation: int = 0,
     num_streams: int = 1,
+    pix_fmt: str = "yuv420p",
+    sample_aspect_ratio: Fraction | None = None,
 ) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
         streams = [out.add_stream(codec, rate=8) for _ in range(num_streams)]
         for stream in streams:
             stream.width, stream.height = size
-            stream.pix_fmt = "yuv420p"
+            stream.pix_fmt = pix_fmt
+            if sample_aspect_ratio is not None:
+                stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
             stream.codec_context.thread_count = 1
             if rotation:
                 stream.set_display_rotation(rotation)
         for index in range(num_frames):
             for stream in streams:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels(*size, index), format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(pixels(*size, index), format="rgb24")
+                out.mux(stream.encode(frame.reformat(format=pix_fmt)))
         for stream in streams:
             out.mux(stream.encode(None))
     return buffer.getvalue()
@@ -142,6 +148,39 @@ def test_other_image_formats_are_refused(kind):
 def test_a_clip_in_an_unlisted_codec_is_refused():
     error = refusal(clip("matroska", "ffv1"))
     assert (error.code, "ffv1" in str(error)) == ("unsupported_media", True)
+
+
+def both_refusals(data: bytes) -> str:
+    """What an upload and a reader of frames are told: the same."""
+    error = refusal(data)
+    assert error.code == "unsupported_media"
+    with pytest.raises(RequestError) as caught:
+        next(iter_frames(data))
+    assert (f"input_reference: {caught.value.message}", caught.value.code) == (error.message, error.code)
+    return error.message
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "ratio"),
+    [("mp4", "libx264", "4:3"), ("mov", "mpeg4", "8:9"), ("matroska", "libx264", "3:2")],
+)
+def test_clips_of_pixels_that_are_not_square_are_refused(container, codec, ratio):
+    told = both_refusals(clip(container, codec, sample_aspect_ratio=Fraction(ratio.replace(":", "/"))))
+    assert f"pixels are {ratio}" in told
+    assert "setsar=1" in told
+
+
+@pytest.mark.parametrize("ratio", [None, Fraction(1, 1), Fraction(4320, 4319)])
+def test_pixels_that_are_square_or_a_rounding_away_from_it_are_accepted(ratio):
+    data = clip(sample_aspect_ratio=ratio)
+    assert probe(data).width == next(iter_frames(data)).shape[1] == 64
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "pix_fmt"), [("webm", "libvpx-vp9", "yuva420p"), ("mov", "prores_ks", "yuva444p10le")]
+)
+def test_clips_with_transparency_are_refused(container, codec, pix_fmt):
+    assert "alpha channel" in both_refusals(clip(container, codec, pix_fmt=pix_fmt))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

@@ -103,14 +103,41 @@ def test_training_continues_from_a_published_file(tmp_path, alpha):
     assert (velocity(continued) - velocity(transformer)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.replace(".default", ""),
+        lambda key: f"model.{key}",
+        lambda key: f"diffusion_model.{key}",
+        lambda key: f"model.diffusion_model.{key}",
+        lambda key: key.replace("lora_A.default", "lora_down").replace("lora_B.default", "lora_up"),
+        lambda key: key.replace("ffn.0", "ffn.net.0.proj").replace("self_attn.o", "attn1.to_out.0"),
+    ],
+)
+def test_training_continues_from_every_format_that_is_served(rename):
+    transformer = trained()
+    file = {rename(key): tensor for key, tensor in published_state(transformer).items()}
+    assert file.keys() != published_state(transformer).keys()
+    continued = inject(base(), 3)
+    load_adapter(continued, file)
+    before = adapter_parameters(transformer)
+    assert all(before[name].equal(parameter) for name, parameter in adapter_parameters(continued).items())
+
+
 def test_a_file_that_does_not_fit_is_refused_with_every_key_and_changes_nothing():
     transformer = trained()
     before = {name: p.detach().clone() for name, p in adapter_parameters(transformer).items()}
     spoilt = {key: torch.ones_like(tensor) for key, tensor in published_state(transformer).items()}
     spoilt["blocks.0.ffn.0.lora_A.default.weight"] = torch.ones(5, 7)
-    spoilt["blocks.9.ffn.0.lora_A.default.weight"] = spoilt.pop("blocks.1.ffn.0.lora_A.default.weight")
-    with pytest.raises(CheckpointError, match=r"1 missing: blocks\.1.*1 unexpected: blocks\.9.*1 misshapen: blocks\.0"):
+    for half in "AB":
+        key = f"blocks.1.ffn.0.lora_{half}.default.weight"
+        spoilt[key.replace("blocks.1", "blocks.9")] = spoilt.pop(key)
+    with pytest.raises(CheckpointError, match=r"2 missing: blocks\.1.*2 unexpected: blocks\.9.*1 misshapen: blocks\.0"):
         load_adapter(transformer, spoilt)
+    alone = published_state(transformer)
+    alone["blocks.9.ffn.0.lora_A.default.weight"] = alone.pop("blocks.1.ffn.0.lora_A.default.weight")
+    with pytest.raises(CheckpointError, match=r"without its up half: blocks\.9.*without its down half: blocks\.1"):
+        load_adapter(transformer, alone)
     assert all(before[name].equal(p) for name, p in adapter_parameters(transformer).items())
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pusa_dist.training.loop import CHECKPOINT, LOG, LoopOptions, rate, read_log, train
+from pusa_dist.training.loop import CHECKPOINT, LOG, Average, LoopOptions, rate, read_log, train
 
 OPTIONS = LoopOptions(steps=12, batch_size=4, lr=0.05, warmup=2, ema=0.5, save_every=4, log_every=3, sample_every=6)
 
@@ -93,6 +93,26 @@ def test_the_result_is_the_average_and_samples_see_it(tmp_path: Path) -> None:
     assert seen[-1][1] == model.weight[0, 0].item()
     last = torch.load(tmp_path / CHECKPOINT, weights_only=True)["weights"][0][0, 0].item()
     assert last < model.weight[0, 0].item() < 0.5, "the average lags behind"
+
+
+def test_weights_are_themselves_again_after_a_sample_that_fails() -> None:
+    model = _model()
+    parameters = list(model.parameters())
+    average = Average(parameters, 0.5)
+    for state in average.state:
+        state.fill_(0.25)
+
+    def seen() -> set[float]:
+        return {value.item() for p in parameters for value in p.flatten()}
+
+    def sample() -> None:
+        with average.in_place(parameters):
+            assert seen() == {0.25}
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        sample()
+    assert seen() == {0.5}
 
 
 def test_the_log_has_a_line_every_few_steps(tmp_path: Path) -> None:
