@@ -173,6 +173,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from pusa_dist.checkpoint.memory import weights_memory
+
     model = load_model_config(arguments.model)
     parallel = _parallel(arguments).check(model)
     width, height = _size(arguments)
@@ -188,6 +190,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         f"x ulysses {parallel.ulysses_degree}"
     )
     print(f"tokens of a frame on each sequence rank: {', '.join(map(str, shards))}")
+    for line in weights_memory(model, model.precision_on("cuda")).describe():
+        print(line)
     return 0
 
 

@@ -19,6 +19,7 @@ from pusa_dist.geometry import PIXEL_MULTIPLE, TEMPORAL_STRIDE, tokens_per_frame
 T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16"]
+PristineWeights = Literal["device", "host"]
 
 # The 16 channel statistics of the Wan2.1 VAE's latents (facts of the published checkpoint).
 WAN_LATENTS_MEAN = (
@@ -231,6 +232,9 @@ class ModelConfig:
     """The vectorized-timestep adaptation; its strength is the request's ``lora_alpha``."""
     distill_lora: LoraConfig | None = None
     """A step-distillation LoRA, merged first, at a fixed strength."""
+    pristine_weights: PristineWeights = "device"
+    """Where the copies are kept that a change of ``lora_alpha`` starts from. On the device they nearly double its
+    weights; in pinned memory of the host they take none of it, and every change copies them over the bus."""
     precision: Precision | None = None
     """Overrides the rule of ``precision_on`` (bf16 on CUDA, fp32 on a CPU)."""
 

@@ -7,9 +7,11 @@ one a step needs, and at which LoRA strength, is read off the state: nothing her
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from pusa_dist.checkpoint.lora import build_lora
+from pusa_dist.checkpoint.memory import check_device_memory, free_memory, weights_memory
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import ModelConfig
 from pusa_dist.parallel.apply import AttentionBackend, parallelize
@@ -26,6 +28,9 @@ class Experts:
         mesh: the gang's mesh; this rank's transformers become its shard of the gang's.
         device: "cpu", "cuda" or "cuda:n".
         attention: which sequence-parallel attention to use.
+
+    Raises:
+        ConfigError: the device has not the memory for the weights, or they are not there.
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class Experts:
         self._cfg_group = mesh.get_group("cfg")
         self._transformers = {}
         self._loras = {}
+        if torch.device(device).type == "cuda":
+            check_device_memory(weights_memory(model, self.precision), *free_memory(device))
         for expert in model.experts:
             transformer = build_transformer(model, expert, device=device, precision=self.precision)
             self._loras[expert] = build_lora(model, expert, transformer)

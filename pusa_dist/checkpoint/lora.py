@@ -5,11 +5,13 @@ chooses (``W = W0 + alpha * (B @ A)``, no division by the rank), and a step-dist
 (LightX2V), merged once, before it, at ``.alpha / rank``.
 
 A change of strength recomputes ``W`` from ``W0``. Adding the difference instead would drift with every
-change; this way the same strength gives the same bits, however often it changes.
+change; this way the same strength gives the same bits, however often it changes. The copies of ``W0`` are
+on the device, or in the host's memory where the device has no room for them.
 """
 
 import logging
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from pusa_dist.checkpoint.keys import diffusers_name, without_prefix
 from pusa_dist.checkpoint.load import files_of, read_tensors, refuse
 from pusa_dist.checkpoint.seeded import seeded_normal
-from pusa_dist.config import LoraConfig, ModelConfig
+from pusa_dist.config import LoraConfig, ModelConfig, PristineWeights
 from pusa_dist.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ _UP = re.compile(r"\.(lora_B(\.default)?|lora_up)\.weight$")
 _ALPHA = re.compile(r"\.alpha$")
 # Full-rank differences of some distilled files. Upstream applies the low-rank part only.
 _DIFF = re.compile(r"\.diff(_b|_m)?$")
+PUSA_RANK = 512
+"""Of the published LoRAs of Pusa V1.0."""
 _TARGET = re.compile(r"^blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))\.weight$")
 
 
@@ -119,6 +123,7 @@ class MergedLora:
         pusa: deltas of adjustable strength.
         distill: deltas merged once, now.
         distill_strength: multiplies ``alpha / rank`` of ``distill``.
+        pristine: where the copies of the weights that ``pusa`` changes are kept.
 
     Attributes:
         alpha: strength in the live weights; None: pristine.
@@ -134,6 +139,7 @@ class MergedLora:
         distill: Mapping[str, LoraDelta] | None = None,
         *,
         distill_strength: float = 1.0,
+        pristine: PristineWeights = "device",
     ) -> None:
         weights = dict(transformer.named_parameters())
         _check_fit(weights, pusa or {}, "Pusa LoRA")
@@ -141,7 +147,7 @@ class MergedLora:
         for name, delta in (distill or {}).items():
             _merge_distill(weights[name], delta, distill_strength)
         self.alpha: float | None = None
-        self._adapted = [_Adapted.of(weights[name], delta) for name, delta in (pusa or {}).items()]
+        self._adapted = [_Adapted.of(weights[name], delta, pristine) for name, delta in (pusa or {}).items()]
 
     def set_alpha(self, alpha: float) -> None:
         """Merge at this strength: ``W = W0 + alpha * (B @ A)``, rounded as upstream does, in place.
@@ -166,14 +172,37 @@ class _Adapted:
     down: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, delta: LoraDelta) -> "_Adapted":
+    def of(cls, weight: Tensor, delta: LoraDelta, kept: PristineWeights) -> "_Adapted":
         live = weight.detach()
-        return cls(live, live.clone(), delta.up.to(live), delta.down.to(live))
+        pristine = live.clone() if kept == "device" else _on_host(live)
+        return cls(live, pristine, delta.up.to(live), delta.down.to(live))
 
     def merge(self, alpha: float) -> None:
         # Every operation rounds to the weights' dtype, and in this order: it is upstream's.
         delta = (self.up @ self.down).mul_(alpha)
-        torch.add(self.pristine, delta, out=self.weight)
+        # From pinned memory the copy runs beside the host; the stream keeps it before the addition.
+        self.weight.copy_(self.pristine, non_blocking=True).add_(delta)
+
+
+def _on_host(weight: Tensor) -> Tensor:
+    """A copy in the host's memory, pinned if the weight is on a GPU."""
+    copy = torch.empty_like(weight, device="cpu").copy_(weight)
+    if weight.is_cuda:
+        pin(copy)
+    return copy
+
+
+def pin(tensor: Tensor) -> None:
+    """Pin a tensor where it is: PyTorch's own pinned memory is handed out in powers of two, here half as much again."""
+    runtime, address = torch.cuda.cudart(), tensor.data_ptr()
+    failed = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
+    if failed:
+        raise ConfigError(
+            f"pristine_weights=host: {tensor.nbytes} bytes of the host's memory could not be pinned (CUDA error "
+            f"{failed}); give the machine or container more memory, or use pristine_weights: device"
+        )
+    # Before the memory is freed; at the end of the process the driver does it.
+    weakref.finalize(tensor, runtime.cudaHostUnregister, address).atexit = False
 
 
 def _merge_distill(weight: Tensor, delta: LoraDelta, strength: float) -> None:
@@ -216,7 +245,32 @@ def build_lora(model: ModelConfig, expert: str, transformer: nn.Module) -> Merge
         distill = _deltas(model, model.distill_lora, expert, "distill_lora", transformer)
     if model.lora is not None:
         pusa = _deltas(model, model.lora, expert, "lora", transformer)
-    return MergedLora(transformer, pusa, distill, distill_strength=strength)
+    return MergedLora(transformer, pusa, distill, distill_strength=strength, pristine=model.pristine_weights)
+
+
+def lora_rank(model: ModelConfig) -> int:
+    """Rank of the model's adjustable LoRA, the largest of its experts'; 0 without one.
+
+    Files are opened for their shapes alone. Of one that is not here the rank is taken to be Pusa V1.0's.
+    """
+    if model.lora is None:
+        return 0
+    if model.lora.rank is not None:
+        return model.lora.rank
+    return max(_stored_rank(model, f"lora.files.{expert}", model.lora.files.get(expert)) for expert in model.experts)
+
+
+def _stored_rank(model: ModelConfig, setting: str, pattern: str | None) -> int:
+    try:
+        files = files_of(model, setting, pattern)
+    except ConfigError:
+        return PUSA_RANK
+    return max(delta.down.shape[0] for delta in read_pusa(read_tensors(files)).values())
+
+
+def is_target(name: str) -> bool:
+    """Whether a weight of the transformer is one of those that Pusa's LoRA changes."""
+    return _TARGET.match(name) is not None
 
 
 def _deltas(
@@ -233,7 +287,7 @@ def _deltas(
 def _drawn(transformer: nn.Module, rank: int, seed: int, name: str) -> Iterator[tuple[str, LoraDelta]]:
     # A tenth of the weights' own scale at alpha 1: enough to be seen, too little to break anything.
     for key, weight in transformer.named_parameters():
-        if _TARGET.match(key):
+        if is_target(key):
             out_features, in_features = weight.shape
             up = seeded_normal((out_features, rank), seed, f"{name}/{key}/up", 0.1 * rank**-0.5)
             down = seeded_normal((rank, in_features), seed, f"{name}/{key}/down", in_features**-0.5)

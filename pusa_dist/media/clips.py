@@ -3,6 +3,7 @@
 import io
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import islice
 
 import av
@@ -68,9 +69,9 @@ def check_plain(stream: "av.VideoStream", frame: "av.VideoFrame") -> None:
     That is with pixels that are not square, which would come out stretched, and with transparency, of which
     only the colours beneath would be left.
     """
-    ratio = stream.sample_aspect_ratio or 1  # none: unknown, which players take as square
+    ratio = Fraction(stream.sample_aspect_ratio or 1)  # none: unknown, which players take as square
     # Encoders that round a size write ratios such as 4320:4319, which are less than a pixel from square.
-    if abs(frame.width * ratio - frame.width) >= 1:
+    if abs(ratio - 1) * frame.width >= 1:
         raise RequestError(
             f"the clip's pixels are {ratio.numerator}:{ratio.denominator} (sample aspect ratio), not square; "
             "convert it to square pixels (ffmpeg -vf scale=iw*sar:ih,setsar=1)",

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pusa_dist.checkpoint import lora as lora_module
 from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
 from pusa_dist.checkpoint.load import load_exactly
-from pusa_dist.checkpoint.lora import MergedLora, build_lora, read_distill, read_pusa
+from pusa_dist.checkpoint.lora import MergedLora, build_lora, pin, read_distill, read_pusa
 from pusa_dist.checkpoint.transformer import build_transformer
-from pusa_dist.config import LoraConfig, ModelConfig, WeightsConfig, load_model_config
+from pusa_dist.config import LoraConfig, ModelConfig, PristineWeights, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
 from pusa_dist.parity.cases import transformer_config
@@ -63,6 +64,87 @@ def test_a_hundred_changes_of_strength_and_back_are_bit_equal(dtype: torch.dtype
     lora.set_alpha(1.4)
     assert _equal(model, first)
     assert [x.data_ptr() for x in model.parameters()] == addresses
+
+
+def _merged(device: str, dtype: torch.dtype, pristine: PristineWeights) -> list[dict[str, Tensor]]:
+    """Every weight on the CPU after a row of strengths."""
+    model = _transformer(dtype).to(device)
+    lora = MergedLora(model, read_pusa(_under("pusa/")), read_distill(_under("lightx2v/")), pristine=pristine)
+    states = []
+    for alpha in (1.4, 0.3, 5.0, 1.4):
+        lora.set_alpha(alpha)
+        states.append({name: x.cpu().clone() for name, x in model.state_dict().items()})
+    return states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pristine_weights_on_the_host_give_the_same_bits(dtype: torch.dtype) -> None:
+    _same_wherever_kept("cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pristine_weights_in_pinned_memory_give_the_same_bits(dtype: torch.dtype) -> None:
+    _same_wherever_kept("cuda", dtype)
+
+
+def _same_wherever_kept(device: str, dtype: torch.dtype) -> None:
+    on_device, on_host = (_merged(device, dtype, kept) for kept in ("device", "host"))
+    for ours, theirs in zip(on_host, on_device, strict=True):
+        assert all(x.equal(theirs[name]) for name, x in ours.items())
+    assert not all(x.equal(on_host[0][name]) for name, x in on_host[1].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_is_one_addition_to_the_pristine_weight(dtype: torch.dtype) -> None:
+    model = _transformer(dtype)
+    before, deltas = _copy(model), read_pusa(_under("pusa/"))
+    MergedLora(model, deltas, pristine="host").set_alpha(1.4)
+    after = model.state_dict()
+    for name, delta in deltas.items():
+        assert after[name].equal(before[name] + (delta.up.to(dtype) @ delta.down.to(dtype)).mul_(1.4))
+
+
+class _Runtime:
+    """CUDA's runtime, as far as pinning goes."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        self.pinned[address] = num_bytes
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_memory_is_pinned_for_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = _Runtime(0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    tensor = torch.zeros(3, 5)
+    pin(tensor)
+    assert runtime.pinned == {tensor.data_ptr(): 60}
+    del tensor
+    assert runtime.pinned == {}
+
+
+def test_memory_that_cannot_be_pinned_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: _Runtime(2))
+    with pytest.raises(ConfigError, match=r"pristine_weights=host: 60 bytes .* use pristine_weights: device"):
+        pin(torch.zeros(3, 5))
+
+
+def test_the_configuration_says_where_pristine_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[PristineWeights] = []
+    monkeypatch.setattr(lora_module, "MergedLora", lambda *_, pristine, **__: kept.append(pristine))
+    for where in ("device", "host"):
+        model = _debug(pristine_weights=where)
+        build_lora(model, "main", build_transformer(model, "main", device="cpu", precision="fp32"))
+    assert kept == ["device", "host"]
 
 
 def test_only_adapted_weights_are_kept_twice() -> None:

@@ -30,6 +30,7 @@ def test_an_unknown_model_names_the_known_ones():
         ({"limits": {"max_frames": 5}}, "missing setting max_tokens"),
         ({"transformer": "big"}, "expected a mapping"),
         ({"precision": "fp8"}, "precision='fp8': use fp32 or bf16"),
+        ({"pristine_weights": "cpu"}, "pristine_weights='cpu': use device or host"),
         ({"revision": 1}, "revision=1: expected str"),
         ({"limits": {"max_frames": "5", "max_tokens": 9}}, r"limits\.max_frames='5': expected int"),
         ({"boundary": "1e-6"}, "boundary='1e-6': expected float"),

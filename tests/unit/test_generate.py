@@ -157,5 +157,7 @@ def test_counts_below_one_are_refused(generate, option, capsys):
 def test_a_plan_shows_the_shards_and_refuses_what_generate_would(capsys):
     assert main(["plan", "--model", "debug", "--ring-degree", "5"]) == 0
     assert "tokens of a frame on each sequence rank: 10, 10, 10, 9, 9" in capsys.readouterr().out
+    assert main(["plan", "--model", "pusa-v1-wan2.2-a14b"]) == 0
+    assert "weights (bf16) on each rank's device: 62.4 GiB = 2 x (base 26.6 GiB" in capsys.readouterr().out
     assert main(["plan", "--size", "100x100"]) == 2
     assert "multiples of 16" in capsys.readouterr().err

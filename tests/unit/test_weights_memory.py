@@ -1,0 +1,84 @@
+"""What weights take on a rank: by shapes, by hand, and by what is really allocated."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pusa_dist import experts, load_model_config
+from pusa_dist.checkpoint.lora import PUSA_RANK, build_lora, lora_rank
+from pusa_dist.checkpoint.memory import GIB, check_device_memory, weights_memory
+from pusa_dist.checkpoint.transformer import build_transformer
+from pusa_dist.config import LoraConfig, WeightsConfig
+from pusa_dist.errors import ConfigError
+from pusa_dist.experts import Experts
+
+ONE, TWO = load_model_config("pusa-v1-14b"), load_model_config("pusa-v1-wan2.2-a14b")
+GB80 = 79 * GIB
+
+
+def test_what_the_published_models_take():
+    one = weights_memory(ONE, "bf16")
+    assert one.base == 14_288_491_584 * 2
+    assert one.lora == 40 * 512 * (8 * (5120 + 5120) + 2 * (5120 + 13824)) * 2
+    assert one.pristine == 40 * (8 * 5120 * 5120 + 2 * 5120 * 13824) * 2
+    assert (one.device, one.host) == (one.base + one.lora + one.pristine, 0)
+    assert round(one.device / GIB, 1) == 57.4
+    assert weights_memory(ONE, "fp32").device == 2 * one.device
+
+
+def test_two_experts_fit_80_gb_with_their_pristine_weights_on_the_host():
+    on_host = weights_memory(TWO, "bf16")
+    on_device = weights_memory(replace(TWO, pristine_weights="device"), "bf16")
+    assert round(on_device.device / GIB, 1) == 114.7
+    assert (round(on_host.device / GIB, 1), round(on_host.host / GIB, 1)) == (62.4, 52.3)
+    assert on_device.device == on_host.device + on_host.host
+    check_device_memory(on_host, GB80, GB80)
+    with pytest.raises(ConfigError, match=r"need 114\.7 GiB .* has 79\.0 GiB, 78\.0 GiB .* set pristine_weights: host"):
+        check_device_memory(on_device, GB80 - GIB, GB80)
+
+
+def test_the_other_place_is_advised_only_where_it_helps():
+    for model in (TWO, replace(TWO, pristine_weights="device"), load_model_config("tiny-base")):
+        with pytest.raises(ConfigError, match="use a device with more memory") as caught:
+            check_device_memory(weights_memory(model, "bf16"), 2**20, 40 * GIB)
+        assert "pristine_weights" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pristine", ["device", "host"])
+def test_what_is_worked_out_is_what_is_there(pristine):
+    model = replace(load_model_config("debug-two-expert"), pristine_weights=pristine)
+    found = 0
+    for expert in model.experts:
+        transformer = build_transformer(model, expert, device="cpu", precision="fp32")
+        lora = build_lora(model, expert, transformer)
+        found += sum(p.nbytes for p in transformer.parameters())
+        found += sum(part.up.nbytes + part.down.nbytes + part.pristine.nbytes for part in lora._adapted)
+    worked_out = weights_memory(model, "fp32")
+    assert worked_out.device + worked_out.host == found
+    assert (worked_out.host > 0) == (pristine == "host")
+
+
+def test_the_rank_of_a_lora_is_its_files_or_pusas_if_there_is_none(tmp_path):
+    lora = LoraConfig(alpha={"main": 1.4}, files={"main": "lora.safetensors"})
+    model = replace(load_model_config("debug"), lora=lora, weights=WeightsConfig(root=str(tmp_path)))
+    assert lora_rank(model) == PUSA_RANK
+    halves = {"lora_A": torch.zeros(7, 96), "lora_B": torch.zeros(96, 7)}
+    save_file({f"blocks.0.self_attn.q.{half}.weight": x for half, x in halves.items()}, tmp_path / "lora.safetensors")
+    assert lora_rank(model) == 7
+    assert weights_memory(load_model_config("tiny-base"), "bf16").rank == 0
+
+
+def test_on_a_gpu_the_device_is_asked_before_anything_is_read(monkeypatch):
+    class Mesh:
+        def get_group(self, axis):
+            return axis
+
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(experts, "free_memory", lambda device: (5 * GIB, GB80))
+    monkeypatch.setattr(experts, "build_transformer", read)
+    with pytest.raises(ConfigError, match=r"pusa-v1-14b: its weights need 57\.4 GiB .* 5\.0 GiB of them free"):
+        Experts(ONE, Mesh(), device="cuda:0")
