@@ -392,8 +392,16 @@ class Dispatcher:
                 message = f"not finished within {self._job_deadline_s:g} s of its creation; try again later"
                 return await self._failed(job, "deadline_exceeded", message)
             return await self._ended_by(attempt, error)
-        finished = await self._db(self._store.complete, job.id, job.attempt, results, attempt.seconds)
+        finished = await patiently(lambda: self._complete(attempt, results))
         return "completed" if finished else await self._stopped(attempt)
+
+    async def _complete(self, attempt: Attempt, results: Mapping[str, Artifact]) -> bool:
+        job = attempt.job
+        if await self._db(self._store.complete, job.id, job.attempt, results, attempt.seconds):
+            return True
+        # It may be complete because an earlier call worked, whose answer got lost.
+        found = (await self._db(self._store.progress_of, [job.id])).get(job.id)
+        return found is not None and (found.status, found.attempt) == ("completed", job.attempt)
 
     def _seconds_left(self, created_at: float) -> float:
         return created_at + self._job_deadline_s - self._clock()

@@ -328,7 +328,7 @@ def test_a_job_that_waits_for_the_bucket_can_be_cancelled_and_has_its_deadline(w
     assert world.job("overdue").error_code == "deadline_exceeded"
 
 
-@pytest.mark.parametrize("write", ["record_precision", "progress", "checkpoint"])
+@pytest.mark.parametrize("write", ["record_precision", "progress", "checkpoint", "complete"])
 def test_a_database_that_is_away_for_a_moment_costs_a_job_no_attempt(world, monkeypatch, write):
     add_long(world, "j")
     failing(monkeypatch, world.store, write, CONNECTION_CUT)
@@ -339,6 +339,27 @@ def test_a_database_that_is_away_for_a_moment_costs_a_job_no_attempt(world, monk
 
     run(scenario)
     assert (world.job("j").status, world.job("j").attempt, world.job("j").steps_run) == ("completed", 1, 6)
+
+
+def test_a_result_whose_publication_was_not_answered_is_kept(world, monkeypatch):
+    world.add("j")
+    complete, answers = world.store.complete, []
+
+    def complete_and_cut(*arguments):
+        answers.append(complete(*arguments))
+        if len(answers) == 1:
+            raise CONNECTION_CUT
+        return answers[-1]
+
+    monkeypatch.setattr(world.store, "complete", complete_and_cut)
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.metrics.outcomes, stored(world, "j")) == (["completed"], ["attempts/1/video.mp4"])
+    assert answers == [True, False]
 
 
 def test_files_that_nobody_needs_and_that_cannot_be_removed_cost_a_job_nothing(world, monkeypatch):
