@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from pusa_dist.errors import CheckpointError
@@ -125,6 +126,8 @@ class Dispatcher:
         previews = Previews(store, artifacts, stages, moderation, self._db)
         self._gangs = Gangs(self._owner, self._ledger, metrics, self._publish, previews.show, clock)
         self._attempts: dict[str, Attempt] = {}
+        self._unreadable = set[str]()
+        """Queued jobs that another version of the service may have made."""
         self._started_at, self._began = time.time(), time.monotonic()
         self.demand = NOTHING
         self._max_running: dict[str, int | None] = {}
@@ -255,7 +258,8 @@ class Dispatcher:
         held_up = set(decoding) if len(decoding) >= self._max_decoding else set()
         window = self._gangs.num_free + 1
         limit = min(window + 1, _MAX_PER_TENANT)
-        queued = {one.id: one for one in await self._db(self._store.waiting, self._model, limit)}
+        waiting = await self._db(self._store.waiting, self._model, limit)
+        queued = {one.id: one for one in waiting if one.id not in self._unreadable}
         if not all(self._ledger.knows(one.tenant) for one in queued.values()):
             await self._ledger.flush(self._db)
         turns = [turn for turn in self._turns(queued.values()) if turn.job_id in queued]
@@ -274,7 +278,7 @@ class Dispatcher:
             # A job given back a moment ago is still ours until its attempt has ended here, too.
             if job_id in self._attempts:
                 continue
-            job = await self._claimed(job_id)
+            job = await self._claimed(job_id, is_overdue=job_id in overdue)
             if job is not None:
                 if job.attempt == 1:
                     weight = self._ledger.standing(job.tenant).weight
@@ -285,15 +289,18 @@ class Dispatcher:
                 with about(job=job_id, tenant=job.tenant):
                     attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
 
-    async def _claimed(self, job_id: str) -> Job | None:
+    async def _claimed(self, job_id: str, *, is_overdue: bool) -> Job | None:
+        claim = partial(self._store.claim, even_unreadable=is_overdue)
         try:
-            return await self._db(self._store.claim, job_id, self._owner, self._lease_s)
+            return await self._db(claim, job_id, self._owner, self._lease_s)
         except UnreadableJobError as error:
             # Not the cause's own words: they may quote the prompt.
             logger.error("job %s: its row cannot be read: %s", job_id, type(error.__cause__).__name__)
+            self._unreadable.add(job_id)  # another version of the service, on the same store, may read it
             message = "the service cannot read this job any more; send it again"
-            if await self._db(self._store.fail, job_id, error.attempt, "unreadable_job", message):
+            if is_overdue and await self._db(self._store.fail, job_id, error.attempt, "unreadable_job", message):
                 self._metrics.ended("unreadable_job", self._clock() - error.created_at, error.priority)
+                self._unreadable.discard(job_id)
             return None
 
     def _turns(self, queued: Iterable[Waiting]) -> list[Turn]:

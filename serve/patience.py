@@ -32,6 +32,8 @@ async def patiently(work: Callable[[], Awaitable[T]]) -> T:
         try:
             return await work()
         except AWAY as error:
-            logger.warning("the database or the artifact store is away, tried again in %g s: %s", pause_s, error)
+            # Not the error's own words: they may name hosts and files.
+            name = type(error).__name__
+            logger.warning("the database or the artifact store is away (%s), tried again in %g s", name, pause_s)
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, MAX_PAUSE_S)

@@ -14,16 +14,12 @@ from serve.policy.fairness import Waiting
 from serve.policy.priority import Priority
 from serve.store.database import Database
 from serve.store.deliveries import owe_delivery
-from serve.store.job import Artifact, Job, Stage, Status, job_from_row
+from serve.store.job import UNREADABLE, Artifact, Job, Stage, Status, job_from_row
 from serve.store.tables import jobs
 from serve.store.usage import count
 
-# Whatever JSON that is none, a field that is missing or unknown, or a value that is refused may raise.
-_UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
-
-
 class UnreadableJobError(Exception):
-    """A job that was claimed, and whose row a process of this version cannot read."""
+    """A job whose row a process of this version cannot read."""
 
     def __init__(self, attempt: int, created_at: float, priority: Priority) -> None:
         super().__init__(attempt, created_at, priority)
@@ -78,13 +74,14 @@ class Attempts(Database):
         with self._engine.connect() as connection:
             return list(connection.execute(query.order_by(jobs.c.created_at).limit(limit)).scalars())
 
-    def claim(self, job_id: str, owner: str, lease_s: float) -> Job | None:
+    def claim(self, job_id: str, owner: str, lease_s: float, *, even_unreadable: bool = False) -> Job | None:
         """Begin the next attempt at a queued job; None when somebody else was faster.
 
         The attempt continues from the job's checkpoint, if it has one: ``step`` is the checkpoint's.
 
         Raises:
-            UnreadableJobError: the attempt has begun, and the row says nothing that can be run.
+            UnreadableJobError: its row says nothing that this version can run. It stays queued, because another
+                version on this store may read it; with ``even_unreadable`` the attempt has begun, for failing it.
         """
         now = self._clock()
         claimed = {
@@ -100,10 +97,13 @@ class Attempts(Database):
                 return None
             try:
                 return job_from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).mappings().one())
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 known = select(jobs.c.attempt, jobs.c.created_at, jobs.c.priority).where(jobs.c.id == job_id)
-                row, cause = connection.execute(known).one(), error
-        raise UnreadableJobError(row.attempt, row.created_at, row.priority) from cause
+                unreadable = UnreadableJobError(*connection.execute(known).one())
+                unreadable.__cause__ = error
+                if not even_unreadable:
+                    raise unreadable  # noqa: B904 - it has its cause; the transaction is undone
+        raise unreadable
 
     def renew(self, owner: str, job_ids: Collection[str], lease_s: float) -> None:
         """Extend the owner's leases of these jobs; what else it claimed runs out, and is queued again."""

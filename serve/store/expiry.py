@@ -3,6 +3,7 @@
 Files go before the row that names them: a removal that stops half way is found again by its row.
 """
 
+import logging
 from collections.abc import Collection
 from dataclasses import asdict
 
@@ -11,9 +12,11 @@ from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from serve.policy.quota import Quota
 from serve.store.audit import record
 from serve.store.database import Database
-from serve.store.job import Job, job_from_row
+from serve.store.job import UNREADABLE, Job, job_from_row
 from serve.store.tables import deliveries, identity, jobs, keys, request_counts, tenants, usage
 from serve.store.tenants import lock_tenant, new_webhook_secret
+
+logger = logging.getLogger(__name__)
 
 FINAL = ("completed", "failed", "cancelled")
 NOBODY = ""
@@ -90,4 +93,11 @@ class Expiry(Database):
     def _jobs(self, which: ColumnElement[bool], order: ColumnElement[float | None], limit: int) -> list[Job]:
         query = select(jobs).where(which).order_by(order, jobs.c.id).limit(limit)
         with self._engine.connect() as connection:
-            return [job_from_row(row) for row in connection.execute(query).mappings()]
+            rows = connection.execute(query).mappings().all()
+        found = []
+        for row in rows:
+            try:
+                found.append(job_from_row(row))
+            except UNREADABLE:  # another version's: it must not keep the others
+                logger.warning("job %s: its row cannot be read, so it is left to the version that can", row["id"])
+        return found

@@ -11,6 +11,9 @@ from serve.policy.priority import Priority
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Stage = Literal["text", "encode", "denoise", "decode"]
 
+# Whatever JSON that is none, a field that is missing or unknown, or a value that is refused may raise.
+UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
+
 JOB_ID_PATTERN = r"^video_[0-9a-f]{34}$"
 
 

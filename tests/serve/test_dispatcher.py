@@ -148,19 +148,21 @@ def test_jobs_of_a_model_that_is_not_served_are_no_demand_and_end_when_they_are_
     assert world.job("foreign").status == "queued"
 
 
-def test_a_row_that_cannot_be_read_fails_and_keeps_no_other_job_waiting(world):
-    world.add("unreadable")
+def test_a_row_that_cannot_be_read_keeps_no_other_waiting_and_is_failed_when_it_is_overdue(world):
+    for number in range(9):
+        world.add(f"unreadable-{number}")
+    world.add("overdue", created_at=time.time() - 3600)
     with sqlite3.connect(world.folder / "jobs.sqlite") as connection:
         connection.execute("UPDATE jobs SET request = 'no JSON'")
-    world.add("good")
+    world.add("good", tenant="other")
 
     async def scenario():
-        async with world.dispatcher():
+        async with world.dispatcher(job_deadline_s=60.0):
             await world.until(lambda: len(world.metrics.outcomes) == 2)
 
     run(scenario)
-    assert world.job("good").status == "completed"
     assert sorted(world.metrics.outcomes) == ["completed", "unreadable_job"]
+    assert world.store.counts() == {"queued": 9, "completed": 1, "failed": 1}
 
 
 def test_a_cancellation_that_comes_while_the_end_is_written_does_not_interrupt_it(world, monkeypatch):

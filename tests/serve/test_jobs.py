@@ -235,13 +235,18 @@ def test_overdue_jobs_are_those_that_still_wait_of_any_model_oldest_first(store:
 
 
 @pytest.mark.parametrize("request_stored", [{"of": "another version"}, []])
-def test_a_row_that_cannot_be_read_is_claimed_so_that_it_can_be_failed(store: JobStore, request_stored: object) -> None:
+def test_a_row_that_cannot_be_read_is_left_to_others_or_claimed_to_be_failed(
+    store: JobStore, request_stored: object
+) -> None:
     job = new_job(priority="batch")
     store.create(job)
     with store._engine.begin() as connection:
         connection.execute(update(jobs).values(request=request_stored))
-    with pytest.raises(UnreadableJobError) as refusal:
+    with pytest.raises(UnreadableJobError):
         store.claim(job.id, "me", LEASE_S)
+    assert store.counts() == {"queued": 1}
+    with pytest.raises(UnreadableJobError) as refusal:
+        store.claim(job.id, "me", LEASE_S, even_unreadable=True)
     error = refusal.value
     assert (error.attempt, error.created_at, error.priority) == (1, job.created_at, "batch")
     assert store.fail(job.id, error.attempt, "unreadable_job", "it cannot be read")

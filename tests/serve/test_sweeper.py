@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import Artifact, Job, JobStore, new_job_id
+from serve.store.tables import jobs
 from serve.sweeper import LEFTOVERS_AGE_S, ORPHAN_AGE_S, Swept, keep_sweeping, sweep, sweep_orphans
 from tests.serve.store_support import Clock, claimed, created, new_job
 
@@ -154,6 +156,16 @@ def test_jobs_whose_files_cannot_be_removed_do_not_keep_those_of_others(
     monkeypatch.setattr(artifacts, "delete", locked)
     asyncio.run(sweeping())
     assert all(store.get("a", job_id) for job_id in bad)
+
+
+def test_a_row_that_cannot_be_read_does_not_keep_the_others(
+    store: JobStore, artifacts: ArtifactStore, clock: Clock
+) -> None:
+    foreign, mine = (with_files(store, artifacts, end="completed") for _ in range(2))
+    with store._engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == foreign.id).values(request={"of": "another version"}))
+    assert sweep(store, artifacts, clock.now + DAY_S + 1).forgotten == 1
+    assert store.known([foreign.id, mine.id]) == {foreign.id}
 
 
 def test_files_whose_row_is_gone_are_removed_after_an_hour(
