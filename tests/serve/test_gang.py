@@ -1,6 +1,7 @@
 """A real gang of Ray actors with a stand-in worker: what is an error of a job, what is the end of a gang."""
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -8,13 +9,14 @@ import time
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
 
 from pusa_dist.errors import CheckpointError, GangError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
 from serve.gang import Gang
 from serve.stages import Checkpoint, Checkpointed, Finished, GangUnavailableError, Progress, Released
-from serve.store.artifacts import ArtifactStore
+from serve.store.artifacts import ArtifactStore, StorageError
 from tests.ray_cluster import local_ray
 from tests.serve import gang_workers
 from tests.serve.jobs_on_gangs import assignment, collect, publishing, steps_of, until_step
@@ -233,6 +235,15 @@ def test_a_checkpoint_that_cannot_be_used_is_the_jobs_error(shared, artifacts, p
 
     asyncio.run(scenario())
     assert shared.error is None
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [(TimeoutError(), errno.ETIMEDOUT), (RayTaskError("read", "", StorageError(errno.EIO, "away")), errno.EIO)],
+)
+def test_a_checkpoint_that_the_store_does_not_give_is_no_fault_of_a_process(error, number):
+    found = Gang.__new__(Gang)._unwritten("reading a checkpoint", error)
+    assert (type(found), found.errno) == (StorageError, number)
 
 
 def assert_gone(pids):
