@@ -18,6 +18,7 @@ from serve.store.job import UNREADABLE, Artifact, Job, Stage, Status, job_from_r
 from serve.store.tables import jobs
 from serve.store.usage import count
 
+
 class UnreadableJobError(Exception):
     """A job whose row a process of this version cannot read."""
 
