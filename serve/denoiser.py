@@ -238,6 +238,7 @@ class Denoiser:
         for resident in list(self._residents):
             # A job that had not been admitted did not bring the gang down.
             self._end(resident, GangError(error) if resident.is_admitted else GangUnavailableError(error))
+        self._changed.set()  # the loop ends, though it may have had no job
 
     async def _drop_from_ranks(self) -> None:
         while self._to_drop:
