@@ -198,10 +198,10 @@ def test_a_job_claimed_while_the_dispatcher_stops_is_given_back(world, monkeypat
     world.add("j")
     claim, is_claiming = world.store.claim, threading.Event()
 
-    def claim_slowly(*arguments):
+    def claim_slowly(*arguments, **options):
         is_claiming.set()
         time.sleep(0.3)
-        return claim(*arguments)
+        return claim(*arguments, **options)
 
     async def scenario():
         monkeypatch.setattr(world.store, "claim", claim_slowly)
