@@ -148,7 +148,8 @@ def _gangs_for_backlog(backlog_s: float, ready: int, settings: Settings) -> int:
         return max(1, math.ceil(backlog_s / time_s - _SLACK))
     # One that takes longer to start than there is time still does most of what comes after.
     new_s = max(time_s - settings.cold_start_s, 0.25 * time_s)
-    return ready + math.ceil((backlog_s - ready * time_s) / new_s - _SLACK)
+    # The slack of a backlog of next to nothing would leave it without any.
+    return max(1, ready + math.ceil((backlog_s - ready * time_s) / new_s - _SLACK))
 
 
 def _followers(demand: Demand, gangs: int, seconds: float, fleet: Fleet, settings: Settings) -> int:

@@ -12,7 +12,7 @@ from cluster.virtual.event_loop import EventLoop
 from cluster.virtual.job import Ask, Times
 from serve.policy.priority import PATIENCE_S
 
-runs = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+runs = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
 weights = st.floats(0.25, 4.0)
 step_seconds = st.floats(0.5, 4.0)

@@ -19,7 +19,6 @@ from tests.serve.api_support import Service, open_service
 SETTINGS = settings(
     max_examples=20,
     derandomize=True,
-    deadline=None,
     database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -35,7 +35,7 @@ def test_what_is_claimed(waiting, holding, window, limits, expected):
 names = st.sampled_from("abcdABCD")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     waiting=st.lists(names, max_size=20),
     ahead=st.lists(names, max_size=8),

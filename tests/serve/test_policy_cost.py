@@ -42,7 +42,7 @@ def test_the_cost_of_a_job_is_that_of_the_steps_it_still_needs():
     assert job_cost(SMALL, 0, {SMALL: 2.0}) == 0.0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shape=shapes, measured=measurements, seconds=st.floats(0.001, 1000.0))
 def test_nobody_is_charged_more_than_a_step_took_or_than_was_predicted(shape, measured, seconds):
     price = charge(shape, seconds, measured)
@@ -76,7 +76,7 @@ def test_a_step_is_late_after_five_times_its_prediction(shape, measured, expecte
     assert deadline(shape, measured, floor_s=10, allowance_s=60) == pytest.approx(expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shape=shapes, measured=measurements)
 def test_a_deadline_is_never_shorter_than_the_step_is_predicted_to_take(shape, measured):
     if measured:

@@ -96,7 +96,7 @@ waiting = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     waiting=waiting,
     times=st.lists(st.floats(0, 200), min_size=4, max_size=4),

@@ -94,7 +94,7 @@ quotas = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(quota=quotas, jobs=st.lists(asked, max_size=30), ends=st.integers(1, 4))
 def test_limits_are_never_exceeded_and_retry_after_is_enough(quota, jobs, ends):
     """Requests at random times; every few of them a queued job begins."""

@@ -110,7 +110,7 @@ residents = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(one=residents, other=residents, switch_s=st.floats(0, 3))
 def test_two_jobs_never_turn_round(one, other, switch_s):
     """Whatever steps the interrupting one makes, the interrupted one does not interrupt it in turn."""
@@ -120,7 +120,7 @@ def test_two_jobs_never_turn_round(one, other, switch_s):
         assert not preempts(other, replace(one, step=step), switch_s)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(jobs=st.lists(residents, min_size=1, max_size=4), switch_s=st.floats(0, 3), share=st.sampled_from([0, 1000]))
 def test_somebody_always_steps_and_interruptions_obey_the_rule(jobs, switch_s, share):
     jobs = [replace(job, job_id=f"{job.job_id}{n}") for n, job in enumerate(jobs)]

@@ -188,7 +188,7 @@ KNOWN = {
 }  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=mutated())
 def test_a_mutated_file_is_used_or_refused_with_a_known_code(decoders, data):
     try:

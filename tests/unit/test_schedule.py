@@ -90,7 +90,7 @@ def test_many_bf16_steps_use_the_loop_index_where_a_lookup_would_pick_a_neighbou
     assert torch.equal(step_tables(90, 5.0, 2, {}, "bf16").sigma[:, 0], sigmas[:-1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.integers(1, 50),
     shift=st.floats(0.1, 100.0),
