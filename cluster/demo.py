@@ -93,7 +93,7 @@ def tasks(world: Scene, last: int) -> list[Task]:
         Task(
             "extension",
             [f"of a clip of {EXTENDED_FRAMES} frames"],
-            [clip("clip.mp4", frames[:EXTENDED_FRAMES])],
+            [clip("beginning.mp4", frames[:EXTENDED_FRAMES])],
             _pictures(frames, 0, 4, 8),
             extended_latents=3,
         ),
@@ -135,7 +135,11 @@ def _pictures(frames: Frames, *numbers: int) -> list[Picture]:
 
 
 def run(task: Task, prompt: str, client: httpx.Client, folder: Path) -> Video:
-    """Send one job, wait for it, keep its MP4."""
+    """Send one job, wait for it, keep what it was given and its MP4."""
+    given = folder / "given"
+    given.mkdir(exist_ok=True)
+    for upload in task.uploads:
+        (given / upload.name).write_bytes(upload.data)
     order = Order(
         prompt=prompt,
         seed=SEED,
@@ -178,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="a shipped model's name, or a path to a YAML file")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of the videos")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of the videos, and of what they were made from (given/)")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     world = scene(SCENE_SEED, "held-out")

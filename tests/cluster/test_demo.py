@@ -44,6 +44,8 @@ def test_the_demo_runs_every_task_and_every_noise_multiplier(done):
         [(0, 0.2), (1, 0.4), (3, 0.4), (4, 0.4)],
     ]
     assert len(list(folder.glob("*.mp4"))) == len(jobs)
+    for task, _, _ in jobs:
+        assert all((folder / "given" / one.name).read_bytes() == one.data for one in task.uploads)
 
 
 def test_what_the_sheet_marks_is_what_the_service_was_given(done):
