@@ -48,9 +48,11 @@ def test_what_is_shipped():
         "debug",
         "kind",
         "loadtest",
+        "one-gpu",
         "production-multi-host",
         "production",
         "scale-to-zero",
+        "several-nodes",
         "single-node",
         "small-videos",
     ]
