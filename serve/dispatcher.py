@@ -15,9 +15,9 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
-from pusa_dist.errors import CheckpointError
+from pusa_dist.errors import CheckpointError, RequestError
 from serve.attempt import Attempt, run_stages
-from serve.ending import MAX_ATTEMPTS, Again, Failed, ending
+from serve.ending import MAX_ATTEMPTS, Again, Failed, ending, replica_lost
 from serve.fair_turns import FairTurns
 from serve.gangs import Gangs
 from serve.gangs import Metrics as GangsMetrics
@@ -375,7 +375,8 @@ class Dispatcher:
         """Run the job and write how it ended; None when it has not ended."""
         job = attempt.job
         if job.attempt > MAX_ATTEMPTS:
-            return await self._failed(job, "replica_lost", f"processes were lost in {MAX_ATTEMPTS} attempts")
+            lost = replica_lost(MAX_ATTEMPTS)
+            return await self._failed(job, lost.code, lost.message)
         deadline = asyncio.timeout(max(0.0, self._seconds_left(job.created_at)))
         try:
             async with deadline:
@@ -468,6 +469,8 @@ class Dispatcher:
                 await self._again(attempt, reason, error, gang_died=gang_died)
                 return None
             case Failed(code, message):
+                if not isinstance(error, RequestError):  # whose words, the owner's to read, may quote the prompt
+                    logger.warning("job %s: %s in attempt %d: %s", job.id, code, job.attempt, error)
                 return await self._failed(job, code, message)
         if await self._db(self._store.cancel_requests, [job.id]):
             # Deleted while a stage read its inputs, or wrote its files: whatever that led to is no failure.
@@ -480,13 +483,16 @@ class Dispatcher:
 
     async def _again(self, attempt: Attempt, reason: str, error: Exception, *, gang_died: bool) -> None:
         job = attempt.job
-        await self._write_progress(attempt)
         logger.warning("job %s: attempt %d given up, queued again: %s", job.id, job.attempt, error)
         self._metrics.requeued(reason)
-        await self._db(self._store.requeue, job.id, job.attempt, gang_died)
+        # What the lease would do, were this not written, counts no lost gang against the job: it would take more of them.
+        await patiently(lambda: self._write_progress(attempt))
+        await patiently(lambda: self._db(self._store.requeue, job.id, job.attempt, gang_died))
 
     async def _failed(self, job: Job, code: str, message: str) -> str | None:
-        return code if await self._db(self._store.fail, job.id, job.attempt, code, message) else None
+        """Give the job up, however long that cannot be written: tried again, it would take another gang with it."""
+        written = await patiently(lambda: self._db(self._store.fail, job.id, job.attempt, code, message))
+        return code if written else None
 
     async def _db(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._database, function, *arguments)
