@@ -93,7 +93,7 @@ class DispatcherReplica:
             model=model,
             precision=precision,
             job_deadline_s=config.job_deadline_s,
-            moderation=Moderation.load(config.moderation, metrics.moderated),
+            moderation=Moderation.load(config.moderation, metrics.moderated, config.moderation_timeout_s),
             num_decoders=NUM_DECODES,
             max_decoding=8 * NUM_DECODES * _most(config.vae),
             handover_s=config.denoiser.handover_timeout_s,

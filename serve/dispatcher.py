@@ -386,9 +386,7 @@ class Dispatcher:
                     ):
                         results = await self._run_stages(attempt)
                     keys = {variant: file.key for variant, file in results.items()}
-                    await patiently(
-                        lambda: asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
-                    )
+                    await patiently(lambda: self._moderation.check_result(job, keys, self._artifacts))
                 finally:
                     attempt.is_over = True
         except asyncio.CancelledError:
@@ -485,7 +483,7 @@ class Dispatcher:
         job = attempt.job
         logger.warning("job %s: attempt %d given up, queued again: %s", job.id, job.attempt, error)
         self._metrics.requeued(reason)
-        # What the lease would do, were this not written, counts no lost gang against the job: it would take more of them.
+        # Were this left to the lease, no lost gang would count against the job, and it would take more with it.
         await patiently(lambda: self._write_progress(attempt))
         await patiently(lambda: self._db(self._store.requeue, job.id, job.attempt, gang_died))
 

@@ -1,4 +1,4 @@
-"""How long PostgreSQL may be silent: a server that stands still, or is cut off, closes no connection and refuses nothing.
+"""How long PostgreSQL may be silent: a server that stands still, or is cut off, closes nothing and refuses nothing.
 
 The server itself ends a statement that takes too long, unless the URL, the service file or the role says how long it
 may take. Should it not do even that, the connection is given up here: TCP's own timeouts do not see a server whose

@@ -46,7 +46,9 @@ class SilentServer:
                     break
                 connection.sendall(b"N")
             if self.num_answers is not None:
-                settings = b"".join(message(b"S", one) for one in (b"server_version\x0016.0\0", b"client_encoding\0UTF8\0"))
+                settings = b"".join(
+                    message(b"S", one) for one in (b"server_version\x0016.0\0", b"client_encoding\0UTF8\0")
+                )
                 connection.sendall(message(b"R", bytes(4)) + settings + message(b"K", bytes(8)) + READY)
                 for _ in range(self.num_answers):
                     kind = b""
@@ -137,7 +139,9 @@ def test_a_statement_that_takes_too_long_costs_no_connection_and_one_that_speaks
     engine.dispose()
 
 
-def test_a_lock_that_another_holds_is_waited_for_within_bounds_and_migrations_are_not_bounded(postgres_url, monkeypatch):
+def test_a_lock_that_another_holds_is_waited_for_within_bounds_and_migrations_are_not_bounded(
+    postgres_url, monkeypatch
+):
     monkeypatch.setattr("serve.store.database.open_database.__defaults__", (0.5,))
     store = JobStore(postgres_url)
     store.create_tables()
