@@ -116,9 +116,10 @@ class DispatcherReplica:
         return self._dispatcher.demand.stats()
 
     async def check_health(self) -> None:
-        """Raise if the loop has ended."""
+        """Raise if the loop has ended, or stands still."""
         if self._running.done():
             self._running.result()
+        self._dispatcher.check()
 
     async def __del__(self) -> None:
         """Drain: Ray Serve awaits this before it ends the replica."""

@@ -36,6 +36,7 @@ from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.attempts import UnreadableJobError
 from serve.store.jobs import Artifact, Job, JobStore
 from serve.traces import NO_TRACES, Traces
+from serve.watched import StuckError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ _MAX_PER_TENANT = 32
 _DB_SHARE = 0.2
 """Of the time is spent on looking at the queue, at most: a long look is followed by a longer pause."""
 _DB_THREADS = 4
+STUCK_AFTER_S = 180.0
+"""A round that takes longer never ends: a database that does not answer has ended it long before."""
 
 
 class Metrics(GangsMetrics, Protocol):
@@ -134,10 +137,23 @@ class Dispatcher:
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
         self._looping = asyncio.Lock()
+        self._round_at: float | None = None
+        """When the loop began what it is at; None: there is none yet."""
 
     def register(self, name: str, gang: GangHandle, max_resident: int) -> None:
         """A gang is there, and may be given jobs; said again and again as long as it is."""
         self._gangs.register(name, gang, max_resident)
+
+    def check(self) -> None:
+        """Raise if the loop stands still.
+
+        Raises:
+            StuckError: it does; the process has to be replaced, its jobs are taken over when their leases end.
+        """
+        if self._round_at is None or self._is_closing:
+            return
+        if time.monotonic() - self._round_at > STUCK_AFTER_S:
+            raise StuckError(f"the dispatcher's loop has stood still for more than {STUCK_AFTER_S:g} s")
 
     def resize_decoders(self, num_decoders: int) -> None:
         """The VAE can be given more jobs at once, or fewer."""
@@ -170,6 +186,7 @@ class Dispatcher:
         next_lease = next_second = next_look = 0.0
         is_ready = False
         while not self._is_closing:
+            self._round_at = time.monotonic()
             if arranging.done():
                 arranging.result()  # a bug: the process is replaced
             try:
