@@ -93,7 +93,7 @@ class DispatcherReplica:
             model=model,
             precision=precision,
             job_deadline_s=config.job_deadline_s,
-            moderation=Moderation.load(config.moderation, metrics.moderated),
+            moderation=Moderation.load(config.moderation, metrics.moderated, config.moderation_timeout_s),
             num_decoders=NUM_DECODES,
             max_decoding=8 * NUM_DECODES * _most(config.vae),
             handover_s=config.denoiser.handover_timeout_s,
@@ -116,9 +116,10 @@ class DispatcherReplica:
         return self._dispatcher.demand.stats()
 
     async def check_health(self) -> None:
-        """Raise if the loop has ended."""
+        """Raise if the loop has ended, or stands still."""
         if self._running.done():
             self._running.result()
+        self._dispatcher.check()
 
     async def __del__(self) -> None:
         """Drain: Ray Serve awaits this before it ends the replica."""

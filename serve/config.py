@@ -171,6 +171,8 @@ class ServeConfig(Settings):
     """Ask every request for an API key (``python -m serve keys``). False: all are tenant ``local``, loopback only."""
     moderation: str | None = None
     """``package.module:function`` that is asked before a job is accepted and before a result is published."""
+    moderation_timeout_s: float = Field(30.0, gt=0)
+    """It has to answer within this; what it has not judged by then does not pass."""
     max_event_streams: int = Field(50, ge=1)
     """Event streams of a tenant that a gateway keeps open at once."""
     job_deadline_s: float = Field(3600.0, gt=0)

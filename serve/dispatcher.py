@@ -15,9 +15,9 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
-from pusa_dist.errors import CheckpointError
+from pusa_dist.errors import CheckpointError, RequestError
 from serve.attempt import Attempt, run_stages
-from serve.ending import MAX_ATTEMPTS, Again, Failed, ending
+from serve.ending import MAX_ATTEMPTS, Again, Failed, ending, replica_lost
 from serve.fair_turns import FairTurns
 from serve.gangs import Gangs
 from serve.gangs import Metrics as GangsMetrics
@@ -36,6 +36,7 @@ from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.attempts import UnreadableJobError
 from serve.store.jobs import Artifact, Job, JobStore
 from serve.traces import NO_TRACES, Traces
+from serve.watched import StuckError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ _MAX_PER_TENANT = 32
 _DB_SHARE = 0.2
 """Of the time is spent on looking at the queue, at most: a long look is followed by a longer pause."""
 _DB_THREADS = 4
+STUCK_AFTER_S = 180.0
+"""A round that takes longer never ends: a database that does not answer has ended it long before."""
 
 
 class Metrics(GangsMetrics, Protocol):
@@ -134,10 +137,23 @@ class Dispatcher:
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
         self._looping = asyncio.Lock()
+        self._round_at: float | None = None
+        """When the loop began what it is at; None: there is none yet."""
 
     def register(self, name: str, gang: GangHandle, max_resident: int) -> None:
         """A gang is there, and may be given jobs; said again and again as long as it is."""
         self._gangs.register(name, gang, max_resident)
+
+    def check(self) -> None:
+        """Raise if the loop stands still.
+
+        Raises:
+            StuckError: it does; the process has to be replaced, its jobs are taken over when their leases end.
+        """
+        if self._round_at is None or self._is_closing:
+            return
+        if time.monotonic() - self._round_at > STUCK_AFTER_S:
+            raise StuckError(f"the dispatcher's loop has stood still for more than {STUCK_AFTER_S:g} s")
 
     def resize_decoders(self, num_decoders: int) -> None:
         """The VAE can be given more jobs at once, or fewer."""
@@ -170,6 +186,7 @@ class Dispatcher:
         next_lease = next_second = next_look = 0.0
         is_ready = False
         while not self._is_closing:
+            self._round_at = time.monotonic()
             if arranging.done():
                 arranging.result()  # a bug: the process is replaced
             try:
@@ -375,7 +392,8 @@ class Dispatcher:
         """Run the job and write how it ended; None when it has not ended."""
         job = attempt.job
         if job.attempt > MAX_ATTEMPTS:
-            return await self._failed(job, "replica_lost", f"processes were lost in {MAX_ATTEMPTS} attempts")
+            lost = replica_lost(MAX_ATTEMPTS)
+            return await self._failed(job, lost.code, lost.message)
         deadline = asyncio.timeout(max(0.0, self._seconds_left(job.created_at)))
         try:
             async with deadline:
@@ -385,9 +403,7 @@ class Dispatcher:
                     ):
                         results = await self._run_stages(attempt)
                     keys = {variant: file.key for variant, file in results.items()}
-                    await patiently(
-                        lambda: asyncio.to_thread(self._moderation.check_result, job, keys, self._artifacts)
-                    )
+                    await patiently(lambda: self._moderation.check_result(job, keys, self._artifacts))
                 finally:
                     attempt.is_over = True
         except asyncio.CancelledError:
@@ -468,6 +484,8 @@ class Dispatcher:
                 await self._again(attempt, reason, error, gang_died=gang_died)
                 return None
             case Failed(code, message):
+                if not isinstance(error, RequestError):  # whose words, the owner's to read, may quote the prompt
+                    logger.warning("job %s: %s in attempt %d: %s", job.id, code, job.attempt, error)
                 return await self._failed(job, code, message)
         if await self._db(self._store.cancel_requests, [job.id]):
             # Deleted while a stage read its inputs, or wrote its files: whatever that led to is no failure.
@@ -480,13 +498,16 @@ class Dispatcher:
 
     async def _again(self, attempt: Attempt, reason: str, error: Exception, *, gang_died: bool) -> None:
         job = attempt.job
-        await self._write_progress(attempt)
         logger.warning("job %s: attempt %d given up, queued again: %s", job.id, job.attempt, error)
         self._metrics.requeued(reason)
-        await self._db(self._store.requeue, job.id, job.attempt, gang_died)
+        # Were this left to the lease, no lost gang would count against the job, and it would take more with it.
+        await patiently(lambda: self._write_progress(attempt))
+        await patiently(lambda: self._db(self._store.requeue, job.id, job.attempt, gang_died))
 
     async def _failed(self, job: Job, code: str, message: str) -> str | None:
-        return code if await self._db(self._store.fail, job.id, job.attempt, code, message) else None
+        """Give the job up, however long that cannot be written: tried again, it would take another gang with it."""
+        written = await patiently(lambda: self._db(self._store.fail, job.id, job.attempt, code, message))
+        return code if written else None
 
     async def _db(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._database, function, *arguments)

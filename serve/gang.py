@@ -36,6 +36,8 @@ AGREEMENT_S = 5.0
 """When one rank fails, how long the others have to fail in the same way: an error of the job hits all."""
 
 
+START_SILENCE_S = 60.0
+"""A rank that starts and does not answer for this long is dead; loading may keep it busier than steps do."""
 CHECKPOINT_TIMEOUT_S = 60.0
 """A checkpoint not written within this counts as failed, and is tried again."""
 
@@ -163,10 +165,11 @@ class Gang:
         """Wait until every rank has met the others and loaded its weights.
 
         Raises:
-            GangError: ``start_timeout_s`` passed.
+            GangError: ``start_timeout_s`` passed, or a rank fell silent meanwhile.
             RayError: a rank failed.
         """
         timeout_s = self._config.start_timeout_s
+        watching = asyncio.ensure_future(self._watch_start())
         try:
             async with asyncio.timeout(timeout_s):
                 address, port = await self._ranks[0].meeting_point.remote()
@@ -175,6 +178,11 @@ class Gang:
                 places = await asyncio.gather(*(rank.place.remote() for rank in self._ranks))
         except TimeoutError as error:
             raise self.lose(f"the ranks were not ready within start_timeout_s={timeout_s:g}") from error
+        except RayActorError:
+            self.check()  # it may be we who have killed it
+            raise
+        finally:
+            watching.cancel()
         self.pids = [pid for pid, _ in places]
         self.node_ids = {node_id for _, node_id in places}
 
@@ -258,8 +266,19 @@ class Gang:
         while self.error is None:
             await asyncio.sleep(period_s)
             if self.error is None:
-                await self._ping()
+                await self._ping("ping_timeout_s", self._config.ping_timeout_s)
         return self.error
+
+    async def _watch_start(self, period_s: float = 1.0) -> None:
+        # An actor answers nothing before it is made, however long its process and its libraries take.
+        made = _tasks([rank.ping.options(concurrency_group="ping").remote() for rank in self._ranks])
+        try:
+            await asyncio.wait(made)
+        finally:
+            _abandon(set(made))
+        while self.error is None:
+            await self._ping("START_SILENCE_S", START_SILENCE_S)
+            await asyncio.sleep(period_s)
 
     def check(self) -> None:
         """Raise the error that ended the gang, if one has."""
@@ -279,15 +298,14 @@ class Gang:
             self.kill()
         return self.error
 
-    async def _ping(self) -> None:
-        timeout_s = self._config.ping_timeout_s
+    async def _ping(self, limit: str, timeout_s: float) -> None:
         pings = [rank.ping.options(concurrency_group="ping").remote() for rank in self._ranks]
         done, late = await asyncio.wait(_tasks(pings), timeout=timeout_s)
         _abandon(late)
         if (error := _first_error(done)) is not None:
             self.lose(f"a rank died: {type(error).__name__}")
         elif late:
-            self.lose(f"{len(late)} of {len(pings)} ranks did not answer within ping_timeout_s={timeout_s:g}")
+            self.lose(f"{len(late)} of {len(pings)} ranks did not answer within {limit}={timeout_s:g}")
 
     def _unwritten(self, what: str, error: Exception) -> PusaError:
         """What went wrong with a checkpoint: the end of the gang only if it was the end of rank 0."""

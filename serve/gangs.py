@@ -31,6 +31,7 @@ from serve.stages import (
     Conditions,
     Finished,
     GangHandle,
+    GangSilentError,
     GangUnavailableError,
     Previewed,
     Progress,
@@ -110,7 +111,8 @@ class Gangs:
 
         Raises:
             GangError: a gang was lost while it held the job.
-            ReplicaLostError: a gang does not answer, or a tensor of the job is lost.
+            GangSilentError: a gang that held the job does not answer any more.
+            ReplicaLostError: one never answered, or a tensor of the job is lost.
             PusaError: the job's own error.
         """
         job_id = attempt.job.id
@@ -212,6 +214,7 @@ class Gangs:
         gang, claim = seat.gang, seat.claim
         assert gang is not None
         assert claim is not None
+        is_held = False
         assignment = Assignment(
             job_id=seat.job.id,
             attempt=seat.job.attempt,
@@ -224,6 +227,7 @@ class Gangs:
         try:
             async with asyncio.timeout(None) as seat.silence, aclosing(gang.handle.generate(assignment)) as messages:
                 async for message in messages:
+                    is_held = True
                     if isinstance(message, Progress):
                         self._progress(seat, gang, message)
                     elif isinstance(message, Checkpointed):
@@ -245,7 +249,8 @@ class Gangs:
         except TimeoutError as error:
             if seat.silence is None or not seat.silence.expired():
                 raise
-            raise ReplicaLostError(f"gang {gang.name} does not answer") from error
+            silent = GangSilentError if is_held else ReplicaLostError
+            raise silent(f"gang {gang.name} does not answer") from error
 
     def _progress(self, seat: Seat, gang: RegisteredGang, message: Progress) -> None:
         attempt = seat.attempt

@@ -53,7 +53,7 @@ class Previews:
         job = attempt.job
         try:
             key = await self._stages.preview(job, preview.step, preview.latents)
-            await asyncio.to_thread(self._moderation.check_result, job, {"preview": key}, self._artifacts)
+            await self._moderation.check_result(job, {"preview": key}, self._artifacts)
             published = await self._run(self._store.preview, job.id, job.attempt, preview.step, key)
             unneeded, attempt.preview_key = (attempt.preview_key, key) if published else (key, attempt.preview_key)
             if unneeded is not None:

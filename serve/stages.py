@@ -18,6 +18,10 @@ class ReplicaLostError(PusaError):
     """A process that held the job, or a tensor of it, is gone; running the job again may well work."""
 
 
+class GangSilentError(ReplicaLostError):
+    """A gang that held the job does not answer any more: it is dead, or cut off; nobody can tell which."""
+
+
 class GangUnavailableError(ReplicaLostError):
     """The job came to a gang that had already been given up, or is leaving; nothing of it ran there."""
 

@@ -1,9 +1,11 @@
 """The VAE's deployment: stored inputs to latents, latents to the files of a result."""
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +22,7 @@ from pusa_dist.request import Fit, GenerationRequest
 from serve.lending import Lent
 from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
-from serve.store.artifacts import ArtifactStore
+from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import Artifact
 from serve.watched import STUCK_AFTER_S, WatchedThread
 
@@ -104,12 +106,16 @@ class Vae:
     async def decode(
         self, job_id: str, attempt: int, request: GenerationRequest, latents: TensorRef
     ) -> dict[str, Artifact]:
-        """Write the attempt's files to the artifact store; returns them by content variant."""
+        """Write the attempt's files to the artifact store; returns them by content variant.
+
+        Raises:
+            StorageError: there or on this machine's own disk, where they are made, is no room.
+        """
         values = await latents.ref
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            with scratch_folder("vae") as folder:
+            with _room(), scratch_folder("vae") as folder:
                 files = write_files(folder, request, _checked(self._codec.decode(values), check))
                 published = {}
                 for variant, (path, mime) in files.items():
@@ -155,6 +161,18 @@ def write_files(folder: Path, request: GenerationRequest, chunks: Iterator[Frame
     files["thumbnail"][0].write_bytes(thumbnail(first))
     files["spritesheet"][0].write_bytes(sheet.to_jpeg())
     return files
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """A disk that is full here is what a full artifact store is: the job waits until there is room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, StorageError):
+            raise
+        # Not chained to what was raised, which names paths.
+        raise StorageError(error.errno, f"the VAE's scratch disk: {os.strerror(error.errno)}") from None
 
 
 def _checked(frames: Iterator[Frame], check: Callable[[], None]) -> Iterator[Frame]:

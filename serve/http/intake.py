@@ -84,7 +84,7 @@ class Intake:
         self._traces = traces
         self._clock = clock
         self._tokenizer = load_tokenizer(model)
-        self._moderation = Moderation.load(config.moderation, measures.moderated)
+        self._moderation = Moderation.load(config.moderation, measures.moderated, config.moderation_timeout_s)
 
     def create(self, tenant: str, body: IncomingBody, origin: Origin) -> Job:
         """Accept a new video; when this returns, the job and its inputs are on disk.

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, MetaData, delete, func, insert, inspe
 
 from pusa_dist.errors import ConfigError
 from serve.store.artifacts import ArtifactStore, job_prefix
-from serve.store.database import open_database
+from serve.store.database import LONG_ANSWER_S, open_database
 from serve.store.expiry import FINAL
 from serve.store.jobs import JobStore
 from serve.store.migrate import known_revisions, migrate, newest_revision
@@ -81,7 +81,7 @@ def restore(source: ArtifactStore, database_url: str, artifacts: ArtifactStore) 
     After an error no row is restored, but files may be: the artifact store is to be emptied before it is tried again.
     """
     manifest = _manifest(source)
-    engine = open_database(database_url, synchronous="FULL")
+    engine = open_database(database_url, synchronous="FULL", answer_s=LONG_ANSWER_S)
     try:
         _require_empty(engine, artifacts)
         migrate(engine, manifest["schema"])

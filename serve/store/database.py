@@ -21,6 +21,10 @@ from pusa_dist.errors import ConfigError
 from serve.store.migrate import migrate
 
 BUSY_TIMEOUT_S = 30
+ANSWER_S = 15.0
+"""A statement that takes longer, waiting for another's lock included, is given up: the database counts as away."""
+LONG_ANSWER_S = 3600.0
+"""The same for what goes through whole tables: migrations and backups."""
 
 
 class Database:
@@ -38,6 +42,7 @@ class Database:
         self._engine = open_database(url, synchronous="NORMAL")
         # An acknowledged job must survive a power cut; progress need not.
         self._durable = open_database(url, synchronous="FULL")
+        self._patient = open_database(url, synchronous="NORMAL", answer_s=LONG_ANSWER_S)
         self._clock = clock
         # SQLite lets one write at a time, and the others look again and again: whoever has just come may be
         # faster than who has waited for seconds. Within a process they queue here instead.
@@ -49,12 +54,12 @@ class Database:
         Raises:
             ConfigError: the database was written by a newer version.
         """
-        migrate(self._engine)
+        migrate(self._patient)
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
         """A connection that reads everything as it is at one moment, and keeps nobody from writing."""
-        with self._engine.connect() as connection:
+        with self._patient.connect() as connection:
             if connection.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN")
             else:
@@ -76,6 +81,7 @@ class Database:
         """Close every connection."""
         self._engine.dispose()
         self._durable.dispose()
+        self._patient.dispose()
 
 
 class FirstComeLock(AbstractContextManager[None]):
@@ -104,10 +110,13 @@ class FirstComeLock(AbstractContextManager[None]):
                 self._is_held = False
 
 
-def open_database(url: str, synchronous: str) -> Engine:
-    """Connect to ``url``; on SQLite commits wait for the disk as ``synchronous`` says (NORMAL, FULL).
+def open_database(url: str, synchronous: str, answer_s: float = ANSWER_S) -> Engine:
+    """Connect to ``url``; errors do not show the values of a statement: prompts are among them.
 
-    Errors do not show the values of a statement: prompts are among them.
+    Args:
+        url: of SQLAlchemy.
+        synchronous: how commits wait for the disk on SQLite (NORMAL, FULL).
+        answer_s: for how long a statement may run on PostgreSQL, which may be silent for hardly longer.
     """
     try:
         address = make_url(url)
@@ -116,7 +125,10 @@ def open_database(url: str, synchronous: str) -> Engine:
             "database_url is no SQLAlchemy URL; write it like postgresql+psycopg://user@host/name"
         ) from error
     if address.get_backend_name() != "sqlite":
-        return create_engine(address, pool_pre_ping=True, hide_parameters=True)
+        engine = create_engine(address, pool_pre_ping=True, hide_parameters=True)
+        if engine.driver == "psycopg":
+            _bound(engine, answer_s)
+        return engine
     if address.database is None:
         raise ConfigError(f"database_url={url} is in memory and would lose every job; name a file")
     file = Path(address.database)
@@ -132,6 +144,14 @@ def open_database(url: str, synchronous: str) -> Engine:
         connection.execute("PRAGMA secure_delete=ON")
 
     return engine
+
+
+def _bound(engine: Engine, answer_s: float) -> None:
+    from serve.store import postgres  # psycopg is an extra
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(_dialect: object, _record: object, arguments: Any, options: Any) -> Any:
+        return postgres.connect(arguments, options, answer_s)
 
 
 def upsert(connection: Connection, table: Table) -> Any:

@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from pusa_dist.errors import NumericsError, RequestError
 from pusa_dist.request import Conditioning
 from serve.stages import Conditions, ReplicaLostError, TensorRef
+from serve.watched import StuckError
 from tests.serve.dispatcher_support import INPUT, REQUEST, add_long, run, stored
 
 
@@ -231,3 +233,32 @@ def test_a_busy_vae_is_given_one_preview_of_a_job_at_a_time(world):
     run(scenario)
     assert world.job("j").status == "completed"
     assert [call for call in world.stages.calls if call[0] == "preview"] == [("preview", 1)]
+
+
+def test_a_loop_that_stands_still_is_noticed_and_one_whose_database_is_away_is_well(world, monkeypatch):
+    monkeypatch.setattr("serve.dispatcher.STUCK_AFTER_S", 2.5)
+    tenants, is_away = world.store.tenants, [True]
+
+    def tenants_if_there():
+        if is_away:
+            raise OperationalError("SELECT", {}, Exception("connection refused"))
+        return tenants()
+
+    async def scenario():
+        monkeypatch.setattr(world.store, "tenants", tenants_if_there)
+        async with world.dispatcher() as dispatcher:
+            for _ in range(4):
+                await asyncio.sleep(1.0)
+                dispatcher.check()
+            is_away.clear()
+            go_on = asyncio.Event()
+            monkeypatch.setattr(dispatcher, "_report_and_stop", go_on.wait)
+            await asyncio.sleep(4.5)
+            with pytest.raises(StuckError, match=r"stood still for more than 2\.5 s"):
+                dispatcher.check()
+            go_on.set()
+            await asyncio.sleep(0.5)
+            dispatcher.check()
+        dispatcher.check()
+
+    run(scenario)

@@ -5,7 +5,7 @@ import pytest
 from pusa_dist.errors import CheckpointError, GangError, NumericsError, RequestError
 from serve.ending import MAX_ATTEMPTS, Again, Failed, ending
 from serve.moderation import ModerationUnavailableError
-from serve.stages import GangUnavailableError, ReplicaLostError
+from serve.stages import GangSilentError, GangUnavailableError, ReplicaLostError
 from tests.serve.store_support import new_job
 
 
@@ -14,6 +14,9 @@ from tests.serve.store_support import new_job
     [
         (GangError("rank 1"), {}, Again("gang_lost", gang_died=True)),
         (GangError("rank 1"), {"gang_deaths": 1}, "gang_died_twice"),
+        (GangSilentError("gang-1"), {}, Again("gang_lost", gang_died=True)),
+        (GangSilentError("gang-1"), {"gang_deaths": 1}, Again("gang_lost", gang_died=True)),
+        (GangSilentError("gang-1"), {"gang_deaths": 2, "attempt": MAX_ATTEMPTS}, "gang_died_twice"),
         (ReplicaLostError("the VAE"), {}, Again("replica_lost", gang_died=False)),
         (GangUnavailableError("leaving"), {}, Again("replica_lost", gang_died=False)),
         (ReplicaLostError("the VAE"), {"attempt": MAX_ATTEMPTS - 1}, Again("replica_lost", gang_died=False)),

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pusa_dist.errors import GangError
 from serve.http.fetch import FetchError
+from serve.http.views import error_view
+from serve.stages import ReplicaLostError
 from tests.serve.api_support import mp4, open_service, png
+from tests.serve.dispatcher_support import run
 
 PROMPT, NEGATIVE = "prompt-5ecret", "negative-5ecret"
 URL = "https://user5ecret:pass5ecret@media.test/path5ecret/a.png?token=query5ecret"
@@ -122,6 +126,30 @@ def test_a_disk_that_is_full_is_told_without_its_paths(service, caplog, monkeypa
     assert SECRET not in answer.text
     # A traceback may name our own files; no line of it names the disk's.
     assert [line for line in caplog.text.splitlines() if f"/mnt/{SECRET}" in line] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "code"),
+    [
+        ("denoise", GangError, "gang_died_twice"),
+        ("decode", ReplicaLostError, "replica_lost"),
+    ],
+)
+def test_what_is_said_of_a_lost_process_is_for_the_log_and_not_for_the_jobs_owner(world, caplog, stage, error, code):
+    said = f"ray::Rank.step() (pid=42, ip=10.20.30.41) /mnt/{SECRET}/path.py in the job of another tenant"
+    world.add("j")
+
+    async def scenario():
+        world.stages.faults["j", stage] = [error(said)] * 100
+        async with world.dispatcher():
+            await world.ended("j")
+
+    with caplog.at_level(logging.INFO):
+        run(scenario)
+    told = error_view("failed", world.job("j").error_code, world.job("j").error_message)
+    assert told.code == code
+    assert [word for word in (SECRET, "10.20.30.41", "pid", "/") if word in told.message] == []
+    assert [line for line in caplog.text.splitlines() if SECRET in line and code in line] != []
 
 
 def test_a_setting_that_is_not_known_is_named_without_its_value(tmp_path: Path) -> None:

@@ -1,21 +1,27 @@
 """The VAE's deployment around a stand-in for the codec: what a stopped attempt leaves behind."""
 
 import asyncio
+import errno
 import io
+import os
 import threading
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from pusa_dist.config import load_model_config
 from pusa_dist.media.child import DecoderLostError
+from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.preview import LatentColours
 from pusa_dist.request import GenerationRequest
 from serve.stages import ReplicaLostError, TensorRef
+from serve.store.artifacts import StorageError
 from serve.vae import Vae
 from serve.watched import StuckError
+from tests.serve.dispatcher_support import run
 
 REQUEST = GenerationRequest(
     model="debug", prompt="a", negative_prompt="b", width=64, height=64, num_frames=5, fps=8,
@@ -58,6 +64,41 @@ def test_a_result_has_every_file(vae, tmp_path):
     files = asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
     assert {artifact.key for artifact in files.values()} == {f"jobs/j/attempts/1/{name}" for name in FILES}
     assert written(tmp_path) == FILES
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("kind", [OSError, av.error.OSError], ids=["python", "ffmpeg"])
+def test_a_scratch_disk_without_room_is_waited_for_and_not_named(vae, monkeypatch, world, kind, number):
+    write, fulls = Mp4Writer.write, [kind(number, os.strerror(number), "/scratch/5ecret/video.mp4")] * 2
+
+    def write_when_there_is_room(*arguments):
+        if fulls:
+            raise fulls.pop()
+        write(*arguments)
+
+    monkeypatch.setattr(Mp4Writer, "write", write_when_there_is_room)
+    with pytest.raises(StorageError) as full:
+        asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
+    assert (full.value.errno, "5ecret" in str(full.value)) == (number, False)
+    world.stages.decode = lambda job, _: vae.decode(job.id, job.attempt, REQUEST, TensorRef(latents()))
+    world.add("j")
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt, fulls) == ("completed", 1, [])
+
+
+def test_another_failure_of_the_disk_is_none_that_room_would_mend(vae, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Mp4Writer, "write", fail)
+    with pytest.raises(OSError, match="Input/output error") as failed:
+        asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
+    assert not isinstance(failed.value, StorageError)
 
 
 @pytest.mark.parametrize("nth", [1, len(FILES)])
