@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from pusa_dist.errors import GangError, NumericsError, PusaError
 from serve.config import DenoiserConfig
@@ -103,6 +103,8 @@ class Denoiser:
             step=assignment.step,
             published=assignment.step,
         )
+        if isinstance(assignment.source, Checkpoint):
+            resident.fetching = asyncio.ensure_future(self._fetch(resident, assignment.source.key))
         self._num_arrivals += 1
         self._residents.append(resident)
         self._changed.set()
@@ -223,6 +225,7 @@ class Denoiser:
     async def _run(self) -> None:
         try:
             while self._gang.error is None:
+                self._changed.clear()  # first: what changes while the ranks are waited for is looked at next time
                 await self._drop_from_ranks()
                 await self._admit_waiting()
                 await self._step()
@@ -245,9 +248,22 @@ class Denoiser:
             deadline_s = self._config.step_deadline_floor_s
             await self._gang.call("drop", self._to_drop.pop(), deadline_s=deadline_s)
 
+    async def _fetch(self, resident: Resident, key: str) -> None:
+        """Bring a checkpoint to the gang beside its steps: a store that is slow keeps nobody else waiting."""
+        try:
+            resident.fetched = await self._gang.fetch(key, self._admission_s)
+        except GangError:
+            return  # the gang has logged and kept the reason
+        except PusaError as error:
+            self._end(resident, error)
+        finally:
+            resident.fetching = None
+            self._changed.set()
+
     async def _admit_waiting(self) -> None:
+        # One whose checkpoint is on its way keeps its place: those after it came later, and the ranks hold no more.
         for resident in self._residents[: self._config.max_resident]:
-            if resident.is_admitted or resident.is_leaving or resident not in self._residents:
+            if not resident.is_expected or resident not in self._residents:
                 continue
             resident.is_admitted = resident.is_busy = True
             self._tell_progress(resident, 0.0)
@@ -262,21 +278,26 @@ class Denoiser:
                 resident.is_busy = False
 
     async def _admit(self, resident: Resident) -> Held:
-        # The ranks fetch the tensors first, maybe from other nodes.
-        patience_s = self._config.step_deadline_floor_s + self._config.first_step_allowance_s
         source, request = resident.assignment.source, resident.assignment.request
+        call: tuple[Any, ...]
         if isinstance(source, Conditions):
             tensors = (None if one is None else one.ref for one in (source.context, source.negative, source.given))
-            (held, *_) = await self._gang.call("admit", resident.name, request, *tensors, deadline_s=patience_s)
-            return held
-        return await self._gang.restore(resident.name, source.key, patience_s)
+            call = "admit", resident.name, request, *tensors
+        else:
+            call = "restore", resident.name, resident.fetched
+            resident.fetched = None  # it need not be kept once the ranks have it
+        (held, *_) = await self._gang.call(*call, deadline_s=self._admission_s)
+        return held
+
+    @property
+    def _admission_s(self) -> float:
+        """Seconds that a job may take to come: what it starts from is brought first, maybe from another node."""
+        return self._config.step_deadline_floor_s + self._config.first_step_allowance_s
 
     async def _step(self) -> None:
         stepping = self._choose()
         if not stepping:
-            self._changed.clear()
-            if not self._to_drop:
-                await self._changed.wait()
+            await self._changed.wait()
             return
         for resident in stepping:
             resident.is_busy = True

@@ -201,13 +201,14 @@ class Gang:
         await self._settle("finish", [written, *(rank.drop.remote(job_id) for rank in self._ranks[1:])], deadline_s)
         return latents
 
-    async def restore(self, name: str, key: str, deadline_s: float) -> Held:
-        """Make a checkpointed generation resident on every rank; rank 0 fetches it for all.
+    async def fetch(self, key: str, deadline_s: float) -> Any:
+        """Have rank 0 read a checkpoint for all while the gang goes on; returns a reference to its bytes.
 
         Raises:
-            CheckpointError: it is gone, damaged, or of another model, revision or precision.
-            StorageError: the artifact store cannot be reached.
-            GangError: as ``call``.
+            CheckpointError: it is not there (any more).
+            StorageError: the artifact store cannot be reached, or did not answer within ``deadline_s``.
+            ReplicaLostError: it could not be read for any other reason; the gang goes on.
+            GangError: rank 0 died.
         """
         self.check()
         data, is_there = self._ranks[0].read.options(concurrency_group="state", num_returns=2).remote(key)
@@ -216,8 +217,7 @@ class Gang:
                 await is_there
         except (RayError, TimeoutError) as error:
             raise self._unwritten("reading a checkpoint", error) from error
-        (held, *_) = await self.call("restore", name, data, deadline_s=deadline_s)
-        return held
+        return data
 
     async def checkpoint(self, name: str, prefix: str) -> tuple[int, str]:
         """Write a resident's state while the gang goes on; returns its step and key.
