@@ -49,6 +49,9 @@ class Metrics(Protocol):
 _TICK_S = 0.5
 _RETRY_S = 2.0
 """After a checkpoint that could not be written."""
+_STUCK_S = 30.0
+"""A job that waits for a checkpoint, and none could be written for this long, goes on elsewhere from the published one:
+it may be this node alone that cannot reach the store."""
 _LINGER_S = 0.5
 """After the last message of a gang that leaves: its end must not overtake it on the way."""
 _GRACE_S = 2.0
@@ -375,6 +378,7 @@ class Denoiser:
     async def _save(self, resident: Resident) -> None:
         """Write a checkpoint; until it is published the job may run on for a while, then it waits."""
         prefix = f"jobs/{resident.job_id}/checkpoints/{resident.attempt}"
+        began = self._clock()
         try:
             step, key = await self._gang.checkpoint(resident.name, prefix)
         except GangError:
@@ -384,8 +388,14 @@ class Denoiser:
                 logger.warning("job %s: no checkpoint at step %d: %s", resident.job_id, resident.step, error)
                 if self._metrics is not None:
                     self._metrics.checkpoint_failed()
-                await asyncio.sleep(_RETRY_S)
+                if resident.failing_since is None:
+                    resident.failing_since = began
+                if isinstance(error, PusaError) and self._is_stuck(resident):
+                    self._end(resident, error)
+                else:
+                    await asyncio.sleep(_RETRY_S)
         else:
+            resident.failing_since = None
             if resident not in self._residents:
                 await self._gang.discard(key)
                 return
@@ -394,6 +404,11 @@ class Denoiser:
         finally:
             resident.saving = None
             self._changed.set()
+
+    def _is_stuck(self, resident: Resident) -> bool:
+        is_blocked = resident.is_steady and not resident.may_step(self._config.checkpoint_every)
+        since = resident.failing_since
+        return is_blocked and since is not None and self._clock() - since >= _STUCK_S
 
     async def _preview(self, resident: Resident) -> None:
         found = await self._gang.preview(resident.name)

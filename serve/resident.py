@@ -32,6 +32,8 @@ class Resident:
     fetched: Any = None
     """Reference to that checkpoint's bytes, from when they are there until the ranks have them."""
     saving: "asyncio.Task[None] | None" = None
+    failing_since: float | None = None
+    """When the first of its checkpoints that failed in a row was begun; None: the last one was written."""
     previewing: "asyncio.Task[None] | None" = None
     signature: Hashable = None
     is_admitted: bool = False

@@ -60,7 +60,7 @@ class OneRank:
 
     async def checkpoint(self, name, prefix):
         if self.is_full:
-            raise ReplicaLostError("writing a checkpoint: OSError")
+            raise StorageError(errno.ENOSPC, "the disk is full")
         step, data = self.worker.checkpoint(name)
         self.files[f"{prefix}-{step}"] = data
         return step, f"{prefix}-{step}"
@@ -153,6 +153,40 @@ def test_a_job_waits_while_no_checkpoint_can_be_written_and_goes_on_when_one_can
         assert isinstance(seen[-1], Finished)
 
     asyncio.run(scenario())
+
+
+def test_a_job_that_no_checkpoint_can_be_written_of_goes_on_elsewhere_after_a_while(rank, monkeypatch):
+    monkeypatch.setattr("serve.denoiser._RETRY_S", 0.02)
+    monkeypatch.setattr("serve.denoiser._STUCK_S", 0.6)
+
+    async def scenario():
+        rank.is_full = True
+        denoiser, seen = Denoiser(CONFIG, rank), []
+        began = time.monotonic()
+
+        async def read():
+            async for message in denoise(denoiser, "stuck", steps=12):
+                seen.append(message)
+
+        with pytest.raises(StorageError):
+            await read()
+        assert max(steps_of(seen)) == CONFIG.checkpoint_every
+        assert time.monotonic() - began >= 0.6
+        assert isinstance((await collect(denoise(denoiser, "short", steps=2)))[-1], Finished)
+
+    asyncio.run(scenario())
+    assert rank.worker.jobs == {}
+
+
+def test_a_job_that_need_not_wait_for_its_checkpoint_stays_however_long_none_could_be_written(rank, monkeypatch):
+    monkeypatch.setattr("serve.denoiser._RETRY_S", 0.02)
+    monkeypatch.setattr("serve.denoiser._STUCK_S", 0.0)
+
+    async def scenario():
+        rank.is_full = True
+        return await collect(denoise(Denoiser(CONFIG, rank), "short", steps=CONFIG.checkpoint_every))
+
+    assert isinstance(asyncio.run(scenario())[-1], Finished)
 
 
 def test_a_job_that_waits_on_its_gang_is_released_in_the_middle_of_the_others_step(rank):
