@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -291,7 +292,7 @@ class Gang:
 
     def _unwritten(self, what: str, error: Exception) -> PusaError:
         """What went wrong with a checkpoint: the end of the gang only if it was the end of rank 0."""
-        cause = error.cause if isinstance(error, RayTaskError) else error
+        cause = _cause(error)
         if isinstance(cause, RayActorError):
             return self.lose(f"a rank died while {what}")
         if isinstance(cause, TimeoutError):  # pings would have told of a rank that hangs
@@ -299,13 +300,15 @@ class Gang:
         return cause if isinstance(cause, PusaError) else ReplicaLostError(f"{what}: {type(cause).__name__}")
 
     async def _settle(self, what: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
-        tasks = _tasks(refs)
+        began, tasks = time.monotonic(), _tasks(refs)
         done, late = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
-        if late and _first_error(done) is not None:
+        if late and (first := _first_error(done)) is not None:
             if self._died(done):
                 _abandon(late)
                 raise self.lose(f"a rank died in {what}")
-            _, late = await asyncio.wait(late, timeout=AGREEMENT_S)
+            # That a tensor is lost, every node finds out by itself, after tries of its own: not together.
+            left_s = began + deadline_s - time.monotonic() if isinstance(_cause(first), ObjectLostError) else 0.0
+            _, late = await asyncio.wait(late, timeout=max(AGREEMENT_S, left_s))
         if late:
             _abandon(late)
             reason = _first_error(done) or f"not finished within its deadline of {deadline_s:.1f} s"
@@ -320,14 +323,16 @@ class Gang:
         return any(isinstance(task.exception(), RayActorError) for task in done)
 
     def _shared_error(self, what: str, errors: Sequence[BaseException | None]) -> PusaError:
-        causes = [error.cause if isinstance(error, RayTaskError) else error for error in errors]
+        causes = [None if error is None else _cause(error) for error in errors]
+        if any(isinstance(cause, RayActorError) for cause in causes):
+            return self.lose(f"a rank died in {what}")
         first = next(cause for cause in causes if cause is not None)
         if isinstance(first, ObjectLostError):  # only while tensors are fetched: nothing has run
             return ReplicaLostError(f"{what}: a tensor of the job is lost: {first}")
         # All ranks compute the same values, so an error of the job is raised by each of them.
         if isinstance(first, PusaError) and all(type(cause) is type(first) for cause in causes):
             return first
-        return self.lose(f"a rank died in {what}" if isinstance(first, RayActorError) else f"{what}: {first!r}")
+        return self.lose(f"{what}: {first!r}")
 
 
 def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index: int) -> Any:
@@ -348,6 +353,12 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         scheduling_strategy=strategy,
     )
     return make_actor(Rank)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised where the call ran."""
+    cause: BaseException = error.cause if isinstance(error, RayTaskError) else error
+    return cause
 
 
 def _tasks(refs: Sequence[Any]) -> "list[asyncio.Task[Any]]":
