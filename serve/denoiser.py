@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from pusa_dist.errors import GangError, NumericsError, PusaError
 from serve.config import DenoiserConfig
@@ -49,6 +49,9 @@ class Metrics(Protocol):
 _TICK_S = 0.5
 _RETRY_S = 2.0
 """After a checkpoint that could not be written."""
+_STUCK_S = 30.0
+"""A job that waits for a checkpoint, and none could be written for this long, goes on elsewhere from the published one:
+it may be this node alone that cannot reach the store."""
 _LINGER_S = 0.5
 """After the last message of a gang that leaves: its end must not overtake it on the way."""
 _GRACE_S = 2.0
@@ -103,6 +106,8 @@ class Denoiser:
             step=assignment.step,
             published=assignment.step,
         )
+        if isinstance(assignment.source, Checkpoint):
+            resident.fetching = asyncio.ensure_future(self._fetch(resident, assignment.source.key))
         self._num_arrivals += 1
         self._residents.append(resident)
         self._changed.set()
@@ -223,6 +228,7 @@ class Denoiser:
     async def _run(self) -> None:
         try:
             while self._gang.error is None:
+                self._changed.clear()  # first: what changes while the ranks are waited for is looked at next time
                 await self._drop_from_ranks()
                 await self._admit_waiting()
                 await self._step()
@@ -245,9 +251,22 @@ class Denoiser:
             deadline_s = self._config.step_deadline_floor_s
             await self._gang.call("drop", self._to_drop.pop(), deadline_s=deadline_s)
 
+    async def _fetch(self, resident: Resident, key: str) -> None:
+        """Bring a checkpoint to the gang beside its steps: a store that is slow keeps nobody else waiting."""
+        try:
+            resident.fetched = await self._gang.fetch(key, self._admission_s)
+        except GangError:
+            return  # the gang has logged and kept the reason
+        except PusaError as error:
+            self._end(resident, error)
+        finally:
+            resident.fetching = None
+            self._changed.set()
+
     async def _admit_waiting(self) -> None:
+        # One whose checkpoint is on its way keeps its place: those after it came later, and the ranks hold no more.
         for resident in self._residents[: self._config.max_resident]:
-            if resident.is_admitted or resident.is_leaving or resident not in self._residents:
+            if not resident.is_expected or resident not in self._residents:
                 continue
             resident.is_admitted = resident.is_busy = True
             self._tell_progress(resident, 0.0)
@@ -262,21 +281,26 @@ class Denoiser:
                 resident.is_busy = False
 
     async def _admit(self, resident: Resident) -> Held:
-        # The ranks fetch the tensors first, maybe from other nodes.
-        patience_s = self._config.step_deadline_floor_s + self._config.first_step_allowance_s
         source, request = resident.assignment.source, resident.assignment.request
+        call: tuple[Any, ...]
         if isinstance(source, Conditions):
             tensors = (None if one is None else one.ref for one in (source.context, source.negative, source.given))
-            (held, *_) = await self._gang.call("admit", resident.name, request, *tensors, deadline_s=patience_s)
-            return held
-        return await self._gang.restore(resident.name, source.key, patience_s)
+            call = "admit", resident.name, request, *tensors
+        else:
+            call = "restore", resident.name, resident.fetched
+            resident.fetched = None  # it need not be kept once the ranks have it
+        (held, *_) = await self._gang.call(*call, deadline_s=self._admission_s)
+        return held
+
+    @property
+    def _admission_s(self) -> float:
+        """Seconds that a job may take to come: what it starts from is brought first, maybe from another node."""
+        return self._config.step_deadline_floor_s + self._config.first_step_allowance_s
 
     async def _step(self) -> None:
         stepping = self._choose()
         if not stepping:
-            self._changed.clear()
-            if not self._to_drop:
-                await self._changed.wait()
+            await self._changed.wait()
             return
         for resident in stepping:
             resident.is_busy = True
@@ -354,6 +378,7 @@ class Denoiser:
     async def _save(self, resident: Resident) -> None:
         """Write a checkpoint; until it is published the job may run on for a while, then it waits."""
         prefix = f"jobs/{resident.job_id}/checkpoints/{resident.attempt}"
+        began = self._clock()
         try:
             step, key = await self._gang.checkpoint(resident.name, prefix)
         except GangError:
@@ -363,8 +388,14 @@ class Denoiser:
                 logger.warning("job %s: no checkpoint at step %d: %s", resident.job_id, resident.step, error)
                 if self._metrics is not None:
                     self._metrics.checkpoint_failed()
-                await asyncio.sleep(_RETRY_S)
+                if resident.failing_since is None:
+                    resident.failing_since = began
+                if isinstance(error, PusaError) and self._is_stuck(resident):
+                    self._end(resident, error)
+                else:
+                    await asyncio.sleep(_RETRY_S)
         else:
+            resident.failing_since = None
             if resident not in self._residents:
                 await self._gang.discard(key)
                 return
@@ -373,6 +404,11 @@ class Denoiser:
         finally:
             resident.saving = None
             self._changed.set()
+
+    def _is_stuck(self, resident: Resident) -> bool:
+        is_blocked = resident.is_steady and not resident.may_step(self._config.checkpoint_every)
+        since = resident.failing_since
+        return is_blocked and since is not None and self._clock() - since >= _STUCK_S
 
     async def _preview(self, resident: Resident) -> None:
         found = await self._gang.preview(resident.name)

@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -209,13 +210,14 @@ class Gang:
         await self._settle("finish", [written, *(rank.drop.remote(job_id) for rank in self._ranks[1:])], deadline_s)
         return latents
 
-    async def restore(self, name: str, key: str, deadline_s: float) -> Held:
-        """Make a checkpointed generation resident on every rank; rank 0 fetches it for all.
+    async def fetch(self, key: str, deadline_s: float) -> Any:
+        """Have rank 0 read a checkpoint for all while the gang goes on; returns a reference to its bytes.
 
         Raises:
-            CheckpointError: it is gone, damaged, or of another model, revision or precision.
-            StorageError: the artifact store cannot be reached.
-            GangError: as ``call``.
+            CheckpointError: it is not there (any more).
+            StorageError: the artifact store cannot be reached, or did not answer within ``deadline_s``.
+            ReplicaLostError: it could not be read for any other reason; the gang goes on.
+            GangError: rank 0 died.
         """
         self.check()
         data, is_there = self._ranks[0].read.options(concurrency_group="state", num_returns=2).remote(key)
@@ -224,8 +226,7 @@ class Gang:
                 await is_there
         except (RayError, TimeoutError) as error:
             raise self._unwritten("reading a checkpoint", error) from error
-        (held, *_) = await self.call("restore", name, data, deadline_s=deadline_s)
-        return held
+        return data
 
     async def checkpoint(self, name: str, prefix: str) -> tuple[int, str]:
         """Write a resident's state while the gang goes on; returns its step and key.
@@ -309,7 +310,7 @@ class Gang:
 
     def _unwritten(self, what: str, error: Exception) -> PusaError:
         """What went wrong with a checkpoint: the end of the gang only if it was the end of rank 0."""
-        cause = error.cause if isinstance(error, RayTaskError) else error
+        cause = _cause(error)
         if isinstance(cause, RayActorError):
             return self.lose(f"a rank died while {what}")
         if isinstance(cause, TimeoutError):  # pings would have told of a rank that hangs
@@ -317,13 +318,15 @@ class Gang:
         return cause if isinstance(cause, PusaError) else ReplicaLostError(f"{what}: {type(cause).__name__}")
 
     async def _settle(self, what: str, refs: Sequence[Any], deadline_s: float) -> list[Any]:
-        tasks = _tasks(refs)
+        began, tasks = time.monotonic(), _tasks(refs)
         done, late = await asyncio.wait(tasks, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
-        if late and _first_error(done) is not None:
+        if late and (first := _first_error(done)) is not None:
             if self._died(done):
                 _abandon(late)
                 raise self.lose(f"a rank died in {what}")
-            _, late = await asyncio.wait(late, timeout=AGREEMENT_S)
+            # That a tensor is lost, every node finds out by itself, after tries of its own: not together.
+            left_s = began + deadline_s - time.monotonic() if isinstance(_cause(first), ObjectLostError) else 0.0
+            _, late = await asyncio.wait(late, timeout=max(AGREEMENT_S, left_s))
         if late:
             _abandon(late)
             reason = _first_error(done) or f"not finished within its deadline of {deadline_s:.1f} s"
@@ -338,14 +341,16 @@ class Gang:
         return any(isinstance(task.exception(), RayActorError) for task in done)
 
     def _shared_error(self, what: str, errors: Sequence[BaseException | None]) -> PusaError:
-        causes = [error.cause if isinstance(error, RayTaskError) else error for error in errors]
+        causes = [None if error is None else _cause(error) for error in errors]
+        if any(isinstance(cause, RayActorError) for cause in causes):
+            return self.lose(f"a rank died in {what}")
         first = next(cause for cause in causes if cause is not None)
         if isinstance(first, ObjectLostError):  # only while tensors are fetched: nothing has run
             return ReplicaLostError(f"{what}: a tensor of the job is lost: {first}")
         # All ranks compute the same values, so an error of the job is raised by each of them.
         if isinstance(first, PusaError) and all(type(cause) is type(first) for cause in causes):
             return first
-        return self.lose(f"a rank died in {what}" if isinstance(first, RayActorError) else f"{what}: {first!r}")
+        return self.lose(f"{what}: {first!r}")
 
 
 def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index: int) -> Any:
@@ -366,6 +371,12 @@ def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index:
         scheduling_strategy=strategy,
     )
     return make_actor(Rank)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised where the call ran."""
+    cause: BaseException = error.cause if isinstance(error, RayTaskError) else error
+    return cause
 
 
 def _tasks(refs: Sequence[Any]) -> "list[asyncio.Task[Any]]":

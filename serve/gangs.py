@@ -40,6 +40,7 @@ from serve.stages import (
     ReplicaLostError,
     TensorRef,
 )
+from serve.store.artifacts import StorageError
 from serve.store.jobs import Job
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,8 @@ class Gangs:
         """Give places to ready jobs, and let jobs go that others should take the place of."""
         turns = {turn.job_id: turn for turn in self.turns(())}
         ready = [self._resident(self._seats[job_id], turn) for job_id, turn in turns.items()]
-        gangs = [gang.seen(gang.state) for gang in self._gangs.values() if gang.state is not None]
+        now = time.monotonic()
+        gangs = [gang.seen(gang.state, now) for gang in self._gangs.values() if gang.state is not None]
         running = [one for gang in gangs for one in gang.residents if one.job_id == gang.running]
         self._ledger.advance(running, [*turns.values(), *self._queued_turns])
         self._metrics.spread(_spread([*turns.values(), *self._queued_turns]))
@@ -231,6 +233,7 @@ class Gangs:
                     if isinstance(message, Progress):
                         self._progress(seat, gang, message)
                     elif isinstance(message, Checkpointed):
+                        gang.store_failed_at = None
                         await self._published(seat, gang, message.checkpoint)
                     elif isinstance(message, Previewed):
                         self._show(seat.attempt, message)
@@ -246,6 +249,10 @@ class Gangs:
         except GangUnavailableError:
             gang.state = None  # nothing of the job ran there; it waits for another, or the replacement
             return Released(checkpoint=None)
+        except StorageError:
+            logger.warning("gang %s could not reach the artifact store: others are preferred for a while", gang.name)
+            gang.store_failed_at = time.monotonic()
+            raise
         except TimeoutError as error:
             if seat.silence is None or not seat.silence.expired():
                 raise

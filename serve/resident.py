@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from pusa_dist.errors import PusaError
 from serve.policy import tick
@@ -26,7 +27,13 @@ class Resident:
     """Steps done in its newest published checkpoint; 0 without one."""
     saved: Checkpoint | None = None
     """Newest checkpoint that was written here."""
+    fetching: "asyncio.Task[None] | None" = None
+    """The checkpoint that it goes on from is on its way to the gang."""
+    fetched: Any = None
+    """Reference to that checkpoint's bytes, from when they are there until the ranks have them."""
     saving: "asyncio.Task[None] | None" = None
+    failing_since: float | None = None
+    """When the first of its checkpoints that failed in a row was begun; None: the last one was written."""
     previewing: "asyncio.Task[None] | None" = None
     signature: Hashable = None
     is_admitted: bool = False
@@ -71,6 +78,11 @@ class Resident:
         """Whether one should be made of its last step."""
         every = self.assignment.preview_every
         return every > 0 and self.step % every == 0 and 0 < self.step < self.num_steps and self.previewing is None
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether the ranks should be given it: what it starts from is there."""
+        return not self.is_admitted and not self.is_leaving and self.fetching is None
 
     @property
     def is_steady(self) -> bool:

@@ -5,10 +5,15 @@ import time
 from dataclasses import dataclass, field
 
 from serve.attempt import Attempt
+from serve.patience import MAX_PAUSE_S
 from serve.policy import placement
 from serve.policy.tick import Claim, Resident
 from serve.stages import Checkpoint, Conditions, GangHandle, GangState
 from serve.store.jobs import Job
+
+DOUBT_S = 2 * MAX_PAUSE_S
+"""A gang that could not reach the artifact store is asked last for this long: a job that it failed pauses before it
+looks for a place again, and should not find the same one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +30,9 @@ class RegisteredGang:
     running: str | None = None
     """The job that its last step was for."""
     holding: "asyncio.Task[None] | None" = None
+    store_failed_at: float | None = None
+    """When (``time.monotonic()``) a job left it because the artifact store could not be reached from there; None: not
+    since it last wrote a checkpoint."""
     has_said_goodbye: bool = False
     """Its last answer was that it leaves, and not that it is lost."""
 
@@ -45,8 +53,8 @@ class RegisteredGang:
             return "silent"
         return "leaving" if self.state.is_closed else "open" if self.is_open else "full"
 
-    def seen(self, state: GangState) -> placement.Gang:
-        """What the choice of places depends on, while the gang is in this state."""
+    def seen(self, state: GangState, now: float) -> placement.Gang:
+        """What the choice of places depends on, while the gang is in this state; ``now`` is ``time.monotonic()``."""
         seats = self.seats.values()
         return placement.Gang(
             name=self.name,
@@ -60,6 +68,7 @@ class RegisteredGang:
             lora=state.lora,
             max_resident=self.max_resident - state.num_others,
             is_draining=state.is_closed,
+            is_doubtful=self.store_failed_at is not None and now - self.store_failed_at < DOUBT_S,
         )
 
 

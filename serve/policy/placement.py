@@ -28,6 +28,8 @@ class Gang:
     ends another need not go on with the interrupted one only because nothing else has come yet."""
     is_draining: bool = False
     """It gets no more jobs and lets go of those it has."""
+    is_doubtful: bool = False
+    """Jobs have lately failed to read or write their checkpoints on it: it gets those that no other has a place for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,25 @@ def orders(gangs: Iterable[Gang], ready: Sequence[Resident], *, switch_s: float 
     Idle gangs get the first ready jobs, those that want the strengths a gang has merged if possible. A
     job that may interrupt a running one goes to that gang, and if it is full its last waiting resident
     makes room. Free second places are filled, so that a gang has no gap between two jobs. A gang that
-    stays idle takes over a resident that waits on another.
+    stays idle takes over a resident that waits on another. Doubtful gangs are asked last, whatever they offer: they are
+    idle because jobs cannot stay on them. Where all are doubtful, nothing is different.
 
     Args:
         gangs: all of them.
         ready: prepared jobs that are on no gang, in order.
         switch_s: seconds of a change of LoRA strength.
     """
+    sound, doubtful = list[Gang](), list[Gang]()
+    for gang in gangs:
+        (doubtful if gang.is_doubtful else sound).append(gang)
+    made, left = _orders(sound, ready, switch_s)
+    return made + _orders(doubtful, left, switch_s)[0]
+
+
+def _orders(
+    gangs: Iterable[Gang], ready: Sequence[Resident], switch_s: float
+) -> tuple[list[Order], Sequence[Resident]]:
+    """Orders for these gangs alone, and the jobs for which they neither have a place nor will."""
     made, idle, busy = list[Order](), list[Gang](), list[_Room]()
     num_coming = num_emptying = 0
     for gang in gangs:
@@ -75,16 +89,16 @@ def orders(gangs: Iterable[Gang], ready: Sequence[Resident], *, switch_s: float 
             num_emptying += 1
         else:
             idle.append(gang)
+    left: Sequence[Resident] = ()
     made += _begin(ready[: len(idle)], idle)
     if len(ready) > len(idle):
         board = _Board(busy, num_emptying, switch_s)
         # First who interrupts: a job that follows must not take a place that one of them would take from it.
         others = [job for job in ready[len(idle) :] if not board.interrupts(job)]
-        for job in others:
-            board.follows(job)
+        left = [job for job in others if not board.follows(job)]
         made += board.made
     num_coming += sum(isinstance(order, Release) for order in made)
-    return made + _take_over(busy, len(idle) - len(ready) - num_coming)
+    return made + _take_over(busy, len(idle) - len(ready) - num_coming), left
 
 
 @dataclass(slots=True, eq=False)
@@ -175,12 +189,11 @@ class _Board:
         own = self._batch.get(job.claim.tenant, []) if job.claim.is_urgent else []
         return self._interrupt(job, own) or self._interrupt(job, self._furthest)
 
-    def follows(self, job: Resident) -> None:
-        """Give a job to a gang for when its running job has ended; it may have to wait for a place."""
+    def follows(self, job: Resident) -> bool:
+        """Give a job to a gang for when its running job has ended; it may have to wait for a place. False: for none."""
         if job.claim.tenant in self._promised:
-            return
-        if not (self._overtake(job) or self._follow(job)):
-            self._replace(job)
+            return True
+        return self._overtake(job) or self._follow(job) or self._replace(job)
 
     def _interrupt(self, job: Resident, rooms: list[_Room]) -> bool:
         for index in range(len(rooms) - 1, -1, -1):  # the furthest ahead first
@@ -269,16 +282,18 @@ class _Board:
                 return True
         return False
 
-    def _replace(self, job: Resident) -> None:
+    def _replace(self, job: Resident) -> bool:
         """In the place of the last of all that wait on gangs, if that is to go after this one."""
         while self._last:
             last, room = self._last[-1]
             if last not in room.waiting:
                 self._last.pop()
                 continue
-            if precedence(last) > precedence(job):
-                self._displace([last], job, room)
-            return
+            if precedence(last) <= precedence(job):
+                return False
+            self._displace([last], job, room)
+            return True
+        return False
 
     def _enter(self, job: Resident, room: _Room, *, wait: bool) -> None:
         if wait:

@@ -1,6 +1,7 @@
 """The coordinator of a gang whose ranks are one stand-in worker in this process: who steps, stays, leaves and when."""
 
 import asyncio
+import errno
 import pickle
 import time
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pusa_dist.errors import NumericsError
+from pusa_dist.errors import CheckpointError, GangError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import _LINGER_S, Denoiser
 from serve.gang import Held
@@ -23,6 +24,7 @@ from serve.stages import (
     Renewal,
     ReplicaLostError,
 )
+from serve.store.artifacts import StorageError
 from tests.serve import gang_workers
 from tests.serve.jobs_on_gangs import assignment, collect, publishing, request_of, steps_of, until_step
 
@@ -37,25 +39,28 @@ class OneRank:
         self.worker.join(0, 1, None, None)
         self.files, self.error, self.node_ids = {}, None, {"here"}
         self.is_full = False
+        self.is_there = asyncio.Event()
+        self.is_there.set()
 
     async def call(self, method, *arguments, deadline_s):
         result = await asyncio.to_thread(getattr(self.worker, method), *arguments)
-        if method == "admit":
-            return [self.held(arguments[0], 0)]
+        if method in ("admit", "restore"):
+            return [self.held(arguments[0], result or 0)]
         return [{name: self.held(name, step) for name, step in result.items()} if method == "step" else result]
 
     def held(self, name, step):
         return Held(step=step, signature=self.worker.signature(name))
 
-    async def restore(self, name, key, deadline_s):
-        return self.held(name, self.worker.restore(name, self.files[key]))
+    async def fetch(self, key, deadline_s):
+        await self.is_there.wait()
+        return self.files[key]
 
     async def finish(self, name, deadline_s):
         return self.worker.finish(name)
 
     async def checkpoint(self, name, prefix):
         if self.is_full:
-            raise ReplicaLostError("writing a checkpoint: OSError")
+            raise StorageError(errno.ENOSPC, "the disk is full")
         step, data = self.worker.checkpoint(name)
         self.files[f"{prefix}-{step}"] = data
         return step, f"{prefix}-{step}"
@@ -150,6 +155,40 @@ def test_a_job_waits_while_no_checkpoint_can_be_written_and_goes_on_when_one_can
     asyncio.run(scenario())
 
 
+def test_a_job_that_no_checkpoint_can_be_written_of_goes_on_elsewhere_after_a_while(rank, monkeypatch):
+    monkeypatch.setattr("serve.denoiser._RETRY_S", 0.02)
+    monkeypatch.setattr("serve.denoiser._STUCK_S", 0.6)
+
+    async def scenario():
+        rank.is_full = True
+        denoiser, seen = Denoiser(CONFIG, rank), []
+        began = time.monotonic()
+
+        async def read():
+            async for message in denoise(denoiser, "stuck", steps=12):
+                seen.append(message)
+
+        with pytest.raises(StorageError):
+            await read()
+        assert max(steps_of(seen)) == CONFIG.checkpoint_every
+        assert time.monotonic() - began >= 0.6
+        assert isinstance((await collect(denoise(denoiser, "short", steps=2)))[-1], Finished)
+
+    asyncio.run(scenario())
+    assert rank.worker.jobs == {}
+
+
+def test_a_job_that_need_not_wait_for_its_checkpoint_stays_however_long_none_could_be_written(rank, monkeypatch):
+    monkeypatch.setattr("serve.denoiser._RETRY_S", 0.02)
+    monkeypatch.setattr("serve.denoiser._STUCK_S", 0.0)
+
+    async def scenario():
+        rank.is_full = True
+        return await collect(denoise(Denoiser(CONFIG, rank), "short", steps=CONFIG.checkpoint_every))
+
+    assert isinstance(asyncio.run(scenario())[-1], Finished)
+
+
 def test_a_job_that_waits_on_its_gang_is_released_in_the_middle_of_the_others_step(rank):
     async def scenario():
         denoiser = Denoiser(CONFIG, rank)
@@ -188,6 +227,140 @@ def test_a_job_whose_checkpoint_is_its_end_is_finished_at_once(rank):
     messages = asyncio.run(collect(denoise(Denoiser(CONFIG, rank), "ended", source=Checkpoint(key="end", step=4))))
     assert [type(message) for message in messages] == [Progress, Finished]
     assert torch.equal(messages[-1].latents.ref, torch.full((4,), 2.0))
+
+
+def stored(rank, prompt, step, steps=12):
+    """A checkpoint of a job, which the rank can fetch."""
+    rank.files[prompt] = pickle.dumps([request_of(prompt, steps), 2.0, step])
+    return Checkpoint(key=prompt, step=step)
+
+
+def test_a_job_whose_checkpoint_is_slow_to_come_keeps_nobody_waiting(rank):
+    async def scenario():
+        rank.is_there.clear()
+        denoiser = Denoiser(CONFIG, rank)
+        slow = asyncio.create_task(
+            collect(denoise(denoiser, "slow-to-come", source=stored(rank, "slow-to-come", 2, 4)))
+        )
+        others = [collect(denoise(denoiser, name)) for name in ("second", "third")]
+        async with asyncio.timeout(5.0):
+            for messages in await asyncio.gather(*others):
+                assert isinstance(messages[-1], Finished)
+        assert not slow.done()
+        rank.is_there.set()
+        return await slow
+
+    messages = asyncio.run(scenario())
+    assert steps_of(messages) == [2, 3, 4]
+    assert isinstance(messages[-1], Finished)
+
+
+def test_a_job_whose_checkpoint_is_on_its_way_keeps_its_place_before_those_that_came_later(rank):
+    async def scenario():
+        rank.is_there.clear()
+        denoiser = Denoiser(CONFIG, rank)
+        running, first = (
+            denoise(denoiser, "running", steps=1000),
+            denoise(denoiser, "first", source=stored(rank, "first", 2, 4)),
+        )
+        await until_step(running, 1)
+        reading = [asyncio.create_task(collect(one)) for one in (running, first, denoise(denoiser, "later"))]
+        await asyncio.sleep(4 * gang_workers.STEP_S)
+        assert [one.job_id for one in denoiser._residents if one.is_admitted] == ["job-running"]
+        rank.is_there.set()
+        await asyncio.sleep(4 * gang_workers.STEP_S)
+        assert [one.job_id for one in denoiser._residents if one.is_admitted] == ["job-running", "job-first"]
+        for task in reading:
+            task.cancel()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "error", [CheckpointError("gone"), StorageError(errno.ETIMEDOUT, "no answer"), ReplicaLostError("unread")]
+)
+def test_a_job_whose_checkpoint_does_not_come_leaves_with_the_reason_in_the_middle_of_anothers_step(rank, error):
+    async def fetch(key, deadline_s):
+        raise error
+
+    async def scenario():
+        rank.fetch = fetch
+        denoiser = Denoiser(CONFIG, rank)
+        slow = denoise(denoiser, "slow", steps=2)
+        await anext(slow)
+        began = time.perf_counter()
+        with pytest.raises(type(error)):
+            await collect(denoise(denoiser, "coming", source=Checkpoint(key="k", step=2)))
+        assert time.perf_counter() - began < 0.5 * gang_workers.SLOW_STEP_S
+        assert [type(message) for message in await collect(slow)][-1] is Finished
+
+    asyncio.run(scenario())
+    assert rank.worker.jobs == {}
+
+
+def test_a_gang_that_dies_while_a_checkpoint_comes_was_not_brought_down_by_its_job(rank):
+    async def fetch(key, deadline_s):
+        rank.error = GangError("a rank died while reading a checkpoint")
+        raise rank.error
+
+    async def scenario():
+        rank.fetch = fetch
+        with pytest.raises(GangUnavailableError, match="while reading"):
+            await collect(denoise(Denoiser(CONFIG, rank), "coming", source=Checkpoint(key="k", step=2)))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("how", ["released", "dropped", "closed"])
+def test_a_job_that_goes_while_its_checkpoint_comes_is_never_given_to_the_ranks(rank, how):
+    async def scenario():
+        rank.is_there.clear()
+        denoiser, source = Denoiser(CONFIG, rank), stored(rank, "going", 2)
+        reading = asyncio.create_task(collect(denoise(denoiser, "going", steps=12, source=source)))
+        await asyncio.sleep(0.05)
+        if how == "released":
+            await denoiser.release("job-going", 1)
+            assert await reading == [Released(checkpoint=source)]
+        elif how == "dropped":
+            await denoiser.drop("job-going", 1)
+            with pytest.raises(ReplicaLostError, match="does not want it"):
+                await reading
+        else:
+            reading.cancel()
+            await asyncio.wait({reading})
+        restored, call = [], rank.call
+
+        async def noting(method, *arguments, deadline_s):
+            restored.append(method)
+            return await call(method, *arguments, deadline_s=deadline_s)
+
+        rank.call = noting
+        rank.is_there.set()
+        await asyncio.sleep(0.05)
+        assert (restored, denoiser._residents) == ([], [])
+        back = await collect(denoise(denoiser, "going", steps=12, source=source, attempt=2))
+        assert steps_of(back) == list(range(2, 13))
+
+    asyncio.run(scenario())
+    assert rank.worker.jobs == {}
+
+
+def test_a_job_that_comes_while_the_last_one_ends_does_not_wait_for_a_renewal(rank):
+    async def scenario():
+        denoiser, call, coming = Denoiser(CONFIG, rank), rank.call, []
+
+        async def call_as_another_comes(method, *arguments, deadline_s):
+            if method == "restore":
+                coming.append(asyncio.create_task(collect(denoise(denoiser, "coming"))))
+                await asyncio.sleep(0.05)
+            return await call(method, *arguments, deadline_s=deadline_s)
+
+        rank.call = call_as_another_comes
+        await collect(denoise(denoiser, "ended", source=stored(rank, "ended", 4, 4)))
+        async with asyncio.timeout(2.0):
+            return await coming[0]
+
+    assert isinstance(asyncio.run(scenario())[-1], Finished)
 
 
 def test_a_checkpoint_that_comes_after_its_job_was_dropped_is_removed(rank):

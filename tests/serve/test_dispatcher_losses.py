@@ -12,7 +12,8 @@ from sqlalchemy.exc import OperationalError
 from pusa_dist.errors import CheckpointError, GangError
 from pusa_dist.request import Conditioning
 from serve.ending import MAX_ATTEMPTS, MAX_GANG_LOSSES
-from serve.stages import GangUnavailableError, ReplicaLostError
+from serve.seats import DOUBT_S
+from serve.stages import GangUnavailableError, Progress, ReplicaLostError
 from serve.store.artifacts import StorageError
 from tests.serve.dispatcher_support import INPUT, REQUEST, FakeGang, add_long, run, stored
 
@@ -354,6 +355,52 @@ def test_a_bucket_that_is_away_costs_a_job_time_and_no_attempt(world, monkeypatc
     run(scenario)
     assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 1, 0)
     assert len(world.gang.steps) == 3
+
+
+class CutOffGang(FakeGang):
+    """Its node alone cannot reach the bucket: it can restore no checkpoint, and all else about it is well."""
+
+    async def generate(self, given):
+        self.started.append((given.job_id, given.attempt, given.step))
+        yield Progress(step=given.step, num_steps=given.request.num_inference_steps, seconds=0.0)
+        raise NO_ANSWER
+
+
+def test_a_job_leaves_a_gang_that_cannot_reach_the_bucket_for_one_that_can(world, monkeypatch):
+    monkeypatch.setattr("serve.patience.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("serve.patience.MAX_PAUSE_S", 0.02)
+    world.add("j")
+    world.artifacts.put("jobs/j/checkpoints/1-2", b"state")
+    assert world.store.claim("j", "a former one", lease_s=60)
+    assert world.store.checkpoint("j", 1, "jobs/j/checkpoints/1-2", 2)
+    assert world.store.requeue("j", 1, gang_died=False)
+    cut_off = CutOffGang(world.stages)
+
+    async def scenario():
+        async with world.dispatcher(gangs={"cut-off": (cut_off, 2), "healthy": (world.gang, 2)}):
+            await world.ended("j")
+
+    run(scenario)
+    assert (world.job("j").status, world.job("j").attempt, world.job("j").gang_deaths) == ("completed", 2, 0)
+    assert len(cut_off.started) <= 1
+
+
+def test_a_gang_that_writes_a_checkpoint_is_not_doubted_any_more(world, monkeypatch):
+    monkeypatch.setattr("serve.patience.FIRST_PAUSE_S", 0.01)
+    add_long(world, "j")
+
+    async def scenario():
+        world.stages.faults["j", "admit"] = [NO_ANSWER]
+        async with world.dispatcher() as dispatcher:
+            gangs = dispatcher._gangs._gangs
+            await world.until(lambda: gangs and gangs["gang"].store_failed_at is not None)
+            doubted = gangs["gang"]
+            assert doubted.seen(doubted.state, doubted.store_failed_at + DOUBT_S - 1.0).is_doubtful
+            assert not doubted.seen(doubted.state, doubted.store_failed_at + DOUBT_S).is_doubtful
+            await world.ended("j")
+            assert doubted.store_failed_at is None
+
+    run(scenario)
 
 
 def test_a_job_that_waits_for_the_bucket_can_be_cancelled_and_has_its_deadline(world):

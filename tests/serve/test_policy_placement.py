@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from serve.policy.placement import Gang, Place, Release, orders
 from serve.policy.tick import Claim, Resident
 
@@ -46,3 +48,34 @@ def test_the_second_of_two_newcomers_goes_before_a_longer_job_that_was_given_its
     after = Gang(name="ending", residents=(resident("a", 80.0, step=9), two), running="a")
     full = Gang(name="furthest", residents=(*furthest.residents, one), running="f")
     assert orders([full, after], [longer]) == []
+
+
+def doubtful(gang):
+    return replace(gang, is_doubtful=True)
+
+
+def test_a_doubtful_gang_gets_what_no_other_has_a_place_for():
+    idle, shunned = Gang(name="idle"), doubtful(Gang(name="a-shunned", lora="merged"))
+    one, two, three, four = (resident(name, 100.0 + n) for n, name in enumerate(("one", "two", "three", "four")))
+    assert orders([shunned, idle], [one]) == [Place("one", "idle")]
+    assert orders([shunned, BEGUN], [one]) == [Place("one", "begun")]  # though it must wait there
+    assert orders([shunned, idle, BEGUN], [one, two, three]) == [
+        Place("one", "idle"),
+        Place("two", "begun"),
+        Place("three", "a-shunned"),
+    ]
+    assert orders([shunned], [one, four]) == [Place("one", "a-shunned")]
+
+
+def test_a_job_whose_place_is_being_made_is_not_given_to_a_doubtful_gang_meanwhile():
+    waits = Gang(name="full", residents=(resident("a", 80.0, step=5), resident("x", 105.0)), running="a")
+    emptying = Gang(name="emptying", residents=(resident("b", 80.0),), leaving=frozenset({"b"}))
+    shunned = doubtful(Gang(name="shunned"))
+    assert orders([shunned, waits], [resident("new", 101.0)]) == [Release("x", "full")]
+    assert orders([shunned, emptying], [resident("new", 101.0)]) == []
+
+
+def test_where_all_gangs_are_doubtful_nothing_is_different():
+    newcomers = [resident("new", 91.0), resident("second", 92.0), resident("late", 106.0)]
+    for gangs in ([ENDING, BEGUN], [BEGUN, Gang(name="idle")], [ENDING]):
+        assert orders([doubtful(gang) for gang in gangs], newcomers) == orders(gangs, newcomers)
