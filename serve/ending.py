@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pusa_dist.errors import GangError, NumericsError, RequestError
+from pusa_dist.errors import DeviceMemoryError, GangError, NumericsError, RequestError
 from serve.moderation import UNAVAILABLE, ModerationUnavailableError
 from serve.stages import ReplicaLostError
 from serve.store.jobs import Job
@@ -44,6 +44,8 @@ def ending(job: Job, error: Exception) -> Again | Failed | None:
             return Again("replica_lost", gang_died=False)
         case NumericsError():
             return Failed("numerics_error", str(error))
+        case DeviceMemoryError():
+            return Failed("out_of_memory", str(error))
         case RequestError():
             return Failed(error.code, error.message)
         case ModerationUnavailableError():
