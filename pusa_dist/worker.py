@@ -51,7 +51,7 @@ class Worker:
         self._experts: Experts | None = None
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> None:
-        """Meet the other ranks, load the weights and shard the model. Collective over the gang."""
+        """Meet the other ranks, load the weights, shard the model and rehearse. Collective over the gang."""
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         mesh = join_gang(rank, world_size, address, port, self.parallel, self.options.device, self.options.timeout_s)
@@ -62,6 +62,7 @@ class Worker:
                 device=self.options.device,
                 attention=self.options.attention,
             )
+            self._experts.rehearse()
         except BaseException:
             leave_gang()
             raise
