@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import Cancelled, PusaError
+from pusa_dist.media.ahead import one_ahead
 from pusa_dist.media.child import DecoderLostError
 from pusa_dist.media.decoders import DecodeLimits, Decoders
 from pusa_dist.media.frames import Frame
@@ -109,8 +110,9 @@ class Vae:
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            with scratch_folder("vae") as folder:
-                files = write_files(folder, request, _checked(self._codec.decode(values), check))
+            frames = one_ahead(_checked(self._codec.decode(values), check))
+            with scratch_folder("vae") as folder, closing(frames) as chunks:
+                files = write_files(folder, request, chunks)
                 published = {}
                 for variant, (path, mime) in files.items():
                     check()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pusa_dist.config import load_model_config
 from pusa_dist.media.child import DecoderLostError
+from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.preview import LatentColours
 from pusa_dist.request import GenerationRequest
 from serve.stages import ReplicaLostError, TensorRef
@@ -111,6 +112,34 @@ def test_a_preview_does_not_wait_for_decodes(vae):
 def test_decoders_that_do_not_work_are_the_replicas_trouble_not_the_requests(vae):
     with pytest.raises(ReplicaLostError):
         asyncio.run(vae.encode(REQUEST, []))
+
+
+def test_frames_are_decoded_while_those_before_them_are_written(vae, monkeypatch):
+    is_decoding, write, waited = threading.Event(), Mp4Writer.write, []
+
+    def decode(latents):
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+        is_decoding.set()
+        yield np.zeros((4, 64, 64, 3), np.uint8)
+
+    def write_late(writer, frames):
+        waited.append(is_decoding.wait(10))
+        write(writer, frames)
+
+    monkeypatch.setattr(vae._codec, "decode", decode)
+    monkeypatch.setattr(Mp4Writer, "write", write_late)
+    asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
+    assert waited == [True, True]
+
+
+def test_an_error_of_the_decoder_is_the_decodes(vae, monkeypatch):
+    def decode(latents):
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(vae._codec, "decode", decode)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
 
 
 class HeldCodec(FakeCodec):
