@@ -1,6 +1,7 @@
 """The VAE's deployment: stored inputs to latents, latents to the files of a result."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -21,9 +22,11 @@ from pusa_dist.request import Fit, GenerationRequest
 from serve.lending import Lent
 from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
-from serve.store.artifacts import ArtifactStore
+from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import Artifact
 from serve.watched import STUCK_AFTER_S, WatchedThread
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -68,7 +71,10 @@ class Vae:
         """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
 
         def work(check: Callable[[], None]) -> TensorRef:
-            inputs = [self._artifacts.read(key) for key in keys]
+            inputs = []
+            for key in keys:
+                check()
+                inputs.append(self._artifacts.read(key))
             check()
             try:
                 return self._lent.lend(self._codec.encode_inputs(request, inputs))
@@ -116,14 +122,20 @@ class Vae:
                 published = {}
                 for variant, (path, mime) in files.items():
                     check()
-                    published[variant] = self._publish(f"{prefix}/{path.name}", path, mime)
+                    published[variant] = self._publish(f"{prefix}/{path.name}", path, mime, check)
                 return published
 
         # Whoever stops an attempt removes its files, but the thread may write one more after that.
-        return await _run(self._decodes, work, undo=lambda: self._artifacts.delete(prefix))
+        return await _run(self._decodes, work, undo=lambda: self._remove(prefix))
 
-    def _publish(self, key: str, path: Path, content_type: str) -> Artifact:
-        self._artifacts.put_file(key, path)
+    def _remove(self, prefix: str) -> None:
+        try:
+            self._artifacts.delete(prefix)
+        except StorageError as error:
+            logger.warning("files of a stopped attempt stay behind: %s", error)
+
+    def _publish(self, key: str, path: Path, content_type: str, check: Callable[[], None]) -> Artifact:
+        self._artifacts.put_file(key, path, check)
         return Artifact(key=key, content_type=content_type, num_bytes=path.stat().st_size)
 
 
@@ -180,8 +192,8 @@ async def _run(
         return await asyncio.wrap_future(working)
     except asyncio.CancelledError:
         stopped.set()  # the thread goes on: it stops at its next check
-        if undo is not None:
-            working.add_done_callback(lambda _: undo())
+        if undo is not None and not working.cancel():  # what had not begun has left nothing
+            thread.submit(undo)
         raise
 
 

@@ -1,6 +1,7 @@
 """The VAE's deployment around a stand-in for the codec: what a stopped attempt leaves behind."""
 
 import asyncio
+import errno
 import io
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.preview import LatentColours
 from pusa_dist.request import GenerationRequest
 from serve.stages import ReplicaLostError, TensorRef
+from serve.store.artifacts import StorageError
 from serve.vae import Vae
 from serve.watched import StuckError
 
@@ -85,6 +87,59 @@ def test_an_attempt_stopped_while_its_files_are_written_leaves_none(vae, tmp_pat
     monkeypatch.setattr(vae._artifacts, "put_file", put_file_slowly)
     asyncio.run(scenario())
     assert (len(calls), written(tmp_path)) == (nth, set())
+
+
+def test_a_decode_stopped_before_its_turn_removes_nothing_and_one_stopped_in_it_not_on_the_loop(vae, monkeypatch):
+    go_on, removed = threading.Event(), []
+    monkeypatch.setattr(vae._artifacts, "delete", lambda key: removed.append((key, threading.current_thread())))
+    monkeypatch.setattr(vae._codec, "decode", lambda _: iter([go_on.wait(10)][:0]))
+
+    async def scenario():
+        decoding, queued = (
+            asyncio.create_task(vae.decode(name, 1, REQUEST, TensorRef(latents()))) for name in ("running", "queued")
+        )
+        await asyncio.sleep(0.1)
+        for one in (queued, decoding):
+            one.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await one
+        assert removed == []  # nor has the loop waited for the bucket
+        go_on.set()
+        await asyncio.to_thread(vae._decodes.shutdown)
+
+    asyncio.run(scenario())
+    ((key, thread),) = removed
+    assert key == "jobs/running/attempts/1"
+    assert thread is not threading.main_thread()
+
+
+def test_files_that_a_stopped_decode_cannot_remove_are_told_of(vae, monkeypatch, caplog):
+    def fail(_):
+        raise StorageError(errno.EIO, "away")
+
+    monkeypatch.setattr(vae._artifacts, "delete", fail)
+    vae._remove("jobs/j/attempts/1")
+    assert "files of a stopped attempt stay behind" in caplog.text
+
+
+def test_every_input_that_is_read_and_every_part_that_is_written_says_that_work_moves_on(held, monkeypatch):
+    said, moves_on = [], held._decodes.moves_on
+
+    def put_file(_, path, moves_on):
+        before = len(said)
+        moves_on()
+        assert len(said) == before + 1
+
+    for thread in (held._encodes, held._decodes):
+        monkeypatch.setattr(thread, "moves_on", lambda: said.append(moves_on()))
+    monkeypatch.setattr(held._artifacts, "read", lambda key: len(said))
+    seen = []
+    monkeypatch.setattr(held._codec, "encode_inputs", lambda request, inputs: seen.extend(inputs))
+    asyncio.run(held.encode(REQUEST, ["a", "b", "c"]))
+    assert [after - seen[0] for after in seen] == [0, 1, 2]
+    held._codec.chunks.release(2)
+    monkeypatch.setattr(held._artifacts, "put_file", put_file)
+    asyncio.run(held.decode("j", 1, REQUEST, TensorRef(latents())))
 
 
 def test_previews_are_small_pictures_under_the_attempts_keys_and_the_map_is_fitted_once(vae, tmp_path):
