@@ -6,6 +6,7 @@
     |-- CheckpointError             weights missing, unexpected or misshapen (lists the keys)
     |-- GangError                   a rank died or missed its deadline; the gang is unusable
     |-- NumericsError               non-finite latents
+    |-- DeviceMemoryError           the device has not the memory for what was asked
     `-- Cancelled                   asked to stop; not a failure
 
 All data is passed positionally to ``super().__init__`` and no class has per-instance defaults, so
@@ -50,6 +51,10 @@ class GangError(PusaError):
 
 class NumericsError(PusaError):
     """A step produced non-finite latents."""
+
+
+class DeviceMemoryError(PusaError):
+    """A generation needs more memory than its device has; the gang goes on as if it had not been asked."""
 
 
 class Cancelled(PusaError):  # noqa: N818 - not a failure

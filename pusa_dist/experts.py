@@ -14,9 +14,11 @@ from pusa_dist.checkpoint.lora import build_lora
 from pusa_dist.checkpoint.memory import check_device_memory, free_memory, weights_memory
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import ModelConfig
+from pusa_dist.errors import GangError
+from pusa_dist.geometry import PATCH
 from pusa_dist.parallel.apply import AttentionBackend, parallelize
 from pusa_dist.parallel.guidance import guided_velocity
-from pusa_dist.sampler import advance
+from pusa_dist.sampler import VelocityFn, advance
 from pusa_dist.state import GenerationState
 
 
@@ -42,7 +44,8 @@ class Experts:
         attention: AttentionBackend = "ours",
     ) -> None:
         self.precision = model.precision_on(device.partition(":")[0])
-        self._cfg_group = mesh.get_group("cfg")
+        self._model = model
+        self._mesh = mesh
         self._transformers = {}
         self._loras = {}
         if torch.device(device).type == "cuda":
@@ -51,6 +54,26 @@ class Experts:
             transformer = build_transformer(model, expert, device=device, precision=self.precision)
             self._loras[expert] = build_lora(model, expert, transformer)
             self._transformers[expert] = parallelize(transformer, mesh, attention)
+
+    def rehearse(self) -> None:
+        """Merge every LoRA at its default strength and make every expert's smallest guided forward, one token a rank.
+
+        What a job would be the first to need, from connections to kernels, is then there, or fails the
+        start. Collective over the gang.
+
+        Raises:
+            GangError: it failed; saying on which rank, and with what.
+        """
+        try:
+            for expert in self._transformers:
+                self._merge(expert, None if self._model.lora is None else self._model.lora.alpha[expert])
+                self._smallest_forward(expert)
+        except RuntimeError as error:
+            rank, size = self._mesh.get_rank(), self._mesh.size()
+            raise GangError(
+                f"rank {rank} of {size} met the others, but failed in its first forward with them: {error}; "
+                "see that the ranks reach each other (NCCL_DEBUG=INFO says over which interfaces they try)"
+            ) from error
 
     def advance(self, states: Sequence[GenerationState]) -> list[GenerationState]:
         """Advance states that share a signature by one step in one forward.
@@ -61,8 +84,22 @@ class Experts:
             NumericsError: a state's latents became non-finite.
         """
         expert = states[0].expert
-        strength = states[0].request.lora_alpha.get(expert)
+        self._merge(expert, states[0].request.lora_alpha.get(expert))
+        return advance(states, self._velocity(expert))
+
+    def _merge(self, expert: str, strength: float | None) -> None:
         lora = self._loras[expert]
         if lora is not None and strength is not None:
             lora.set_alpha(strength)
-        return advance(states, partial(guided_velocity, self._transformers[expert], cfg_group=self._cfg_group))
+
+    def _velocity(self, expert: str) -> VelocityFn:
+        return partial(guided_velocity, self._transformers[expert], cfg_group=self._mesh.get_group("cfg"))
+
+    def _smallest_forward(self, expert: str) -> None:
+        config = self._model.transformer
+        degree = self._mesh["ring"].size() * self._mesh["ulysses"].size()
+        with torch.device(self._transformers[expert].device):
+            latents = torch.zeros(1, config.in_channels, 1, PATCH, PATCH * degree)
+            timestep, context, scale = torch.zeros(1, 1), torch.zeros(1, 1, config.text_dim), torch.ones(1)
+        velocity = self._velocity(expert)(latents, timestep, context, context, scale)
+        velocity.cpu()  # what a GPU was given to do is done only then

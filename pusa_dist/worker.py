@@ -5,7 +5,8 @@ The same class runs under ``torchrun`` (``pusa_dist.generate``) and inside a Ray
 every rank the same calls in the same order, because most of them are collective.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pusa_dist.config import ModelConfig, ParallelConfig
-from pusa_dist.errors import CheckpointError, PusaError
+from pusa_dist.errors import CheckpointError, DeviceMemoryError, PusaError
 from pusa_dist.experts import Experts
 from pusa_dist.parallel.apply import AttentionBackend
 from pusa_dist.parallel.mesh import join_gang, leave_gang
@@ -50,7 +51,7 @@ class Worker:
         self._experts: Experts | None = None
 
     def join(self, rank: int, world_size: int, address: str, port: int) -> None:
-        """Meet the other ranks, load the weights and shard the model. Collective over the gang."""
+        """Meet the other ranks, load the weights, shard the model and rehearse. Collective over the gang."""
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
         mesh = join_gang(rank, world_size, address, port, self.parallel, self.options.device, self.options.timeout_s)
@@ -61,6 +62,7 @@ class Worker:
                 device=self.options.device,
                 attention=self.options.attention,
             )
+            self._experts.rehearse()
         except BaseException:
             leave_gang()
             raise
@@ -88,8 +90,11 @@ class Worker:
             context: (L, E_text) embedding of the prompt.
             negative_context: (L, E_text) of the negative prompt; None without guidance.
             given: (C, K, H, W) conditioning latents in the order of ``request.conditioning``.
+
+        Raises:
+            DeviceMemoryError: the device has no room for it.
         """
-        self._residents[job_id] = GenerationState.start(
+        state = GenerationState.start(
             request,
             self.model,
             self._loaded.precision,
@@ -97,7 +102,8 @@ class Worker:
             context,
             negative_context,
             given,
-        ).to(self.options.device)
+        )
+        self._residents[job_id] = _fitting(lambda: state.to(self.options.device), [request])
 
     def restore(self, job_id: str, data: bytes) -> int:
         """Make a generation resident that ``checkpoint`` wrote, on this gang or another of the same model.
@@ -107,6 +113,7 @@ class Worker:
 
         Raises:
             CheckpointError: the bytes are no checkpoint, or one of another model, revision or precision.
+            DeviceMemoryError: the device has no room for it.
         """
         state = GenerationState.from_bytes(data)
         theirs = (state.request.model, state.revision, state.precision)
@@ -116,7 +123,7 @@ class Worker:
                 f"job {job_id} was started with (model, revision, precision) {theirs}, this gang holds {ours}; "
                 "resume it on a gang like its own"
             )
-        self._residents[job_id] = state.to(self.options.device)
+        self._residents[job_id] = _fitting(lambda: state.to(self.options.device), [state.request])
         return state.step
 
     def step(self, job_ids: Sequence[str]) -> dict[str, int]:
@@ -129,9 +136,10 @@ class Worker:
 
         Raises:
             NumericsError: latents became non-finite.
+            DeviceMemoryError: the forward needs more memory than the device has; no resident has moved.
         """
         before = [self._residents[job_id] for job_id in job_ids]
-        states = self._loaded.advance(before)
+        states = _fitting(lambda: self._loaded.advance(before), [state.request for state in before])
         self._before.update(zip(job_ids, before, strict=True))
         self._residents.update(zip(job_ids, states, strict=True))
         return {job_id: state.step for job_id, state in zip(job_ids, states, strict=True)}
@@ -180,3 +188,24 @@ class Worker:
         if self._experts is None:
             raise PusaError("the worker has not joined a gang; call join first")
         return self._experts
+
+
+def _fitting(work: Callable[[], T], requests: Sequence[GenerationRequest]) -> T:
+    """What ``work`` returns, if the device has the memory for these requests.
+
+    Raises:
+        DeviceMemoryError: it has not; saying what was asked and what to do instead.
+    """
+    with suppress(torch.OutOfMemoryError):
+        return work()
+    # The error is gone by now, and with it the tensors of the frames that it went through.
+    if torch.cuda.is_initialized():
+        # A rank that got further waits here for one that stopped before it. It then does not agree with
+        # the others within seconds and the gang is given up: no message of this forward meets the next one's.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    asked = " and ".join(f"size={one.width}x{one.height}, num_frames={one.num_frames}" for one in requests)
+    tokens = sum(one.num_tokens for one in requests)
+    raise DeviceMemoryError(
+        f"{asked}: {tokens} tokens need more memory than there is; use a smaller size or fewer frames"
+    )

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
 from typing import Any, Protocol
 
-from pusa_dist.errors import GangError, NumericsError, PusaError
+from pusa_dist.errors import DeviceMemoryError, GangError, NumericsError, PusaError
 from serve.config import DenoiserConfig
 from serve.gang import Gang, Held
 from serve.logs import about
@@ -83,6 +83,8 @@ class Denoiser:
         self._switch_s = 0.0
         """Seconds that a change of strength was seen to take."""
         self._step_seconds: dict[StepShape, float] = {}
+        self._share_tokens = config.shared_forward_max_tokens
+        """Of a shared forward, at most; fewer where the ranks had not the memory for so many."""
         self._changed = asyncio.Event()
         self._is_leaving = False
         self._handing_over: set[asyncio.Task[None]] = set()
@@ -316,8 +318,10 @@ class Denoiser:
         except GangError:
             raise
         except PusaError as error:
-            if isinstance(error, NumericsError) and len(stepping) > 1:
+            if isinstance(error, NumericsError | DeviceMemoryError) and len(stepping) > 1:
                 # The ranks have advanced none of them: alone, each makes the same step, and only the guilty one fails.
+                if isinstance(error, DeviceMemoryError):
+                    self._share_tokens = sum(one.claim.num_tokens for one in stepping) - 1
                 for resident in stepping:
                     await self._advance([resident])
                 return
@@ -352,7 +356,7 @@ class Denoiser:
             running=self._running,
             lora=self._lora,
             switch_s=self._switch_s,
-            share_tokens=self._config.shared_forward_max_tokens,
+            share_tokens=self._share_tokens,
         )
         chosen = [steady[name] for name in names]
         return chosen if all(one.may_step(every) for one in chosen) else []

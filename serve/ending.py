@@ -5,7 +5,7 @@ What a lost process said of its end names hosts, files and other jobs' faults: i
 
 from dataclasses import dataclass
 
-from pusa_dist.errors import GangError, NumericsError, RequestError
+from pusa_dist.errors import DeviceMemoryError, GangError, NumericsError, RequestError
 from serve.moderation import UNAVAILABLE, ModerationUnavailableError
 from serve.stages import GangSilentError, ReplicaLostError
 from serve.store.jobs import Job
@@ -52,6 +52,8 @@ def ending(job: Job, error: Exception) -> Again | Failed | None:
             return Again("replica_lost", gang_died=False)
         case NumericsError():
             return Failed("numerics_error", str(error))
+        case DeviceMemoryError():
+            return Failed("out_of_memory", str(error))
         case RequestError():
             return Failed(error.code, error.message)
         case ModerationUnavailableError():

@@ -20,7 +20,7 @@ _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FAULTS = frozenset(
     {
         "deadline_exceeded", "gang_died_twice", "internal_error", "moderation_unavailable", "numerics_error",
-        "replica_lost",
+        "out_of_memory", "replica_lost",
     }
 )  # fmt: skip
 """Codes of failures that a user cannot cause; whatever else a job fails with lies in what was asked."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import Cancelled, PusaError
+from pusa_dist.media.ahead import one_ahead
 from pusa_dist.media.child import DecoderLostError
 from pusa_dist.media.decoders import DecodeLimits, Decoders
 from pusa_dist.media.frames import Frame
@@ -25,6 +27,8 @@ from serve.stages import ReplicaLostError, TensorRef
 from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import Artifact
 from serve.watched import STUCK_AFTER_S, WatchedThread
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,7 +73,10 @@ class Vae:
         """(C, K, H, W) latents of the stored inputs, in the order of ``request.conditioning``."""
 
         def work(check: Callable[[], None]) -> TensorRef:
-            inputs = [self._artifacts.read(key) for key in keys]
+            inputs = []
+            for key in keys:
+                check()
+                inputs.append(self._artifacts.read(key))
             check()
             try:
                 return self._lent.lend(self._codec.encode_inputs(request, inputs))
@@ -115,19 +122,26 @@ class Vae:
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            with _room(), scratch_folder("vae") as folder:
-                files = write_files(folder, request, _checked(self._codec.decode(values), check))
+            frames = one_ahead(_checked(self._codec.decode(values), check))
+            with _room(), scratch_folder("vae") as folder, closing(frames) as chunks:
+                files = write_files(folder, request, chunks)
                 published = {}
                 for variant, (path, mime) in files.items():
                     check()
-                    published[variant] = self._publish(f"{prefix}/{path.name}", path, mime)
+                    published[variant] = self._publish(f"{prefix}/{path.name}", path, mime, check)
                 return published
 
         # Whoever stops an attempt removes its files, but the thread may write one more after that.
-        return await _run(self._decodes, work, undo=lambda: self._artifacts.delete(prefix))
+        return await _run(self._decodes, work, undo=lambda: self._remove(prefix))
 
-    def _publish(self, key: str, path: Path, content_type: str) -> Artifact:
-        self._artifacts.put_file(key, path)
+    def _remove(self, prefix: str) -> None:
+        try:
+            self._artifacts.delete(prefix)
+        except StorageError as error:
+            logger.warning("files of a stopped attempt stay behind: %s", error)
+
+    def _publish(self, key: str, path: Path, content_type: str, check: Callable[[], None]) -> Artifact:
+        self._artifacts.put_file(key, path, check)
         return Artifact(key=key, content_type=content_type, num_bytes=path.stat().st_size)
 
 
@@ -196,8 +210,8 @@ async def _run(
         return await asyncio.wrap_future(working)
     except asyncio.CancelledError:
         stopped.set()  # the thread goes on: it stops at its next check
-        if undo is not None:
-            working.add_done_callback(lambda _: undo())
+        if undo is not None and not working.cancel():  # what had not begun has left nothing
+            thread.submit(undo)
         raise
 
 

@@ -55,7 +55,7 @@ class WatchedThread(ThreadPoolExecutor):
         return super().submit(watched)
 
     def moves_on(self) -> None:
-        """Said by the work, on this thread: there is progress."""
+        """Said by the work, on whichever thread: there is progress."""
         self._moved_at = self._clock()
 
     def check(self) -> None:

@@ -126,7 +126,7 @@ class MergedLora:
         pristine: where the copies of the weights that ``pusa`` changes are kept.
 
     Attributes:
-        alpha: strength in the live weights; None: pristine.
+        alpha: strength in the live weights; None: pristine, or of a merge that failed.
 
     Raises:
         CheckpointError: a delta is of no weight of the transformer, or does not fit it; nothing was merged.
@@ -159,6 +159,7 @@ class MergedLora:
             raise ConfigError(f"lora_alpha={alpha}: this transformer has no LoRA of adjustable strength; leave it out")
         if alpha == self.alpha:
             return
+        self.alpha = None  # of a merge that fails half-way, the weights are of no one strength
         for part in self._adapted:
             part.merge(alpha)
         self.alpha = alpha

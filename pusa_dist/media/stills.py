@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,6 +10,7 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
+from pusa_dist.geometry import TEMPORAL_STRIDE
 from pusa_dist.media.frames import Frame
 
 THUMBNAIL_SIDE = 320
@@ -57,24 +59,33 @@ class SpriteSheet:
 
 
 class FramesZip:
-    """A zip of lossless PNGs, ``00000.png`` and on, written as the frames come."""
+    """A zip of lossless PNGs, ``00000.png`` and on, written as the frames come.
+
+    Those of one ``write`` are compressed on threads until the next, or ``close``, so that whoever writes need not wait.
+    """
 
     def __init__(self, path: str | Path) -> None:
         # Stored: a PNG does not shrink any further.
         self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
         self._num_frames = 0
+        self._pool = ThreadPoolExecutor(TEMPORAL_STRIDE, "png")  # as many as frames come together
+        self._compressing: list[Future[bytes]] = []
 
     def write(self, frames: Frame) -> None:
-        """Append frames, uint8 (T, H, W, 3)."""
-        for frame in frames:
-            buffer = io.BytesIO()
-            Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
-            self._zip.writestr(zipfile.ZipInfo(f"{self._num_frames:05d}.png", _EPOCH), buffer.getvalue())
-            self._num_frames += 1
+        """Append frames, uint8 (T, H, W, 3), which may not be changed before the next call."""
+        self._append()
+        self._compressing = [self._pool.submit(_png, frame) for frame in frames]
 
     def close(self) -> None:
-        """Write the zip's directory; the file is complete only then."""
-        self._zip.close()
+        """Write what is still being compressed and the zip's directory; the file is complete only then."""
+        with self._zip, self._pool:
+            self._append()
+
+    def _append(self) -> None:
+        compressing, self._compressing = self._compressing, []
+        for png in compressing:
+            self._zip.writestr(zipfile.ZipInfo(f"{self._num_frames:05d}.png", _EPOCH), png.result())
+            self._num_frames += 1
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +94,12 @@ class FramesZip:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _png(frame: Frame) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _shrunk(frame: Frame, width: int, height: int) -> Image.Image:

@@ -35,8 +35,8 @@ def tokens_to_heads(
         return query, key, value
     batch, mine, num_heads, head_dim = query.shape
     heads = num_heads // degree
-    # One message for q, k and v: (3, B, S_rank, P, N/P, D) -> (P, 3, B, S_rank, N/P, D)
-    packed = torch.stack((query, key, value)).unflatten(3, (degree, heads)).movedim(3, 0).contiguous()
+    # One message for q, k and v, in one copy: three (P, B, S_rank, N/P, D) -> (P, 3, B, S_rank, N/P, D)
+    packed = torch.stack([x.unflatten(2, (degree, heads)).movedim(2, 0) for x in (query, key, value)], dim=1)
     per_token = 3 * batch * heads * head_dim
     received = _exchange(packed, [per_token * mine] * degree, [per_token * length for length in lengths], group)
     parts = [part.view(3, batch, -1, heads, head_dim) for part in received]
@@ -53,7 +53,7 @@ def heads_to_tokens(out: Tensor, lengths: Sequence[int], group: ProcessGroup) ->
         group: P ranks.
 
     Returns:
-        (B, S_rank, N, D).
+        (B, S_rank, N, D); not contiguous in a batch.
     """
     degree = len(lengths)
     if degree == 1:
@@ -61,10 +61,11 @@ def heads_to_tokens(out: Tensor, lengths: Sequence[int], group: ProcessGroup) ->
     batch, _, heads, head_dim = out.shape
     mine = lengths[dist.get_rank(group)]
     per_token = batch * heads * head_dim
-    packed = torch.cat([part.reshape(-1) for part in out.split(list(lengths), dim=1)])
+    # Tokens before samples: what each rank gets is then in one piece, of a single sample without a copy.
+    packed = out.transpose(0, 1).contiguous()
     received = _exchange(packed, [per_token * length for length in lengths], [per_token * mine] * degree, group)
-    # P x (B, S_rank, N/P, D) -> (B, S_rank, N, D)
-    return torch.cat([part.view(batch, mine, heads, head_dim) for part in received], dim=2)
+    # P x (S_rank, B, N/P, D) -> (B, S_rank, N, D)
+    return torch.cat([part.view(mine, batch, heads, head_dim) for part in received], dim=2).transpose(0, 1)
 
 
 def _exchange(packed: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> tuple[Tensor, ...]:

@@ -8,13 +8,13 @@ or bucket is one error, which names neither path nor key.
 import errno
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 
 from pusa_dist.errors import ConfigError, PusaError
@@ -34,6 +34,9 @@ _BUCKET_PATIENCE: dict[str, Any] = {
 _WRITE_S = 30.0
 _WRITE_BYTES_PER_S = 1e6
 """A bucket that takes longer for a write is away. (Its client waits for ever to be told to send the bytes.)"""
+_PART_BYTES = 2**24
+_PARTS_AT_ONCE = 4
+"""Of a file that is written in parts: at the slowest pace that is allowed, some part is done within about a minute."""
 
 
 class StorageError(PusaError, OSError):
@@ -91,8 +94,13 @@ class ArtifactStore:
             else:
                 self._fs.pipe_file(path, data, timeout=_WRITE_S + len(data) / _WRITE_BYTES_PER_S)
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, moves_on: Callable[[], None] = lambda: None) -> None:
         """Copy a file of this machine into the store; if that fails, what was there before is there still.
+
+        Args:
+            key: where to.
+            path: where from.
+            moves_on: called after every part, from any thread; what it raises ends the copying.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -101,9 +109,18 @@ class ArtifactStore:
         with path.open("rb") as source, self._failing(is_write=True):
             if self.is_local:
                 with _replacing(Path(to)) as file:
-                    shutil.copyfileobj(source, file)
+                    while part := source.read(_PART_BYTES):
+                        file.write(part)
+                        moves_on()
             else:
-                self._fs.put_file(str(path), to, timeout=_WRITE_S + path.stat().st_size / _WRITE_BYTES_PER_S)
+                self._fs.put_file(
+                    str(path),
+                    to,
+                    callback=Callback(hooks={"moves_on": lambda *_, **__: moves_on()}),
+                    chunksize=_PART_BYTES,
+                    max_concurrency=_PARTS_AT_ONCE,
+                    timeout=_WRITE_S + path.stat().st_size / _WRITE_BYTES_PER_S,
+                )
 
     def read(self, key: str) -> bytes:
         """All bytes of an artifact.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pusa_dist.config import ParallelConfig
 from pusa_dist.model.attention import attention_with_lse
@@ -10,6 +11,7 @@ from pusa_dist.parallel.attention import SequenceAttention
 from pusa_dist.parallel.mesh import lay_out
 from pusa_dist.parallel.ring import merge
 from pusa_dist.parallel.shard import SequenceShard, TokenLayout
+from pusa_dist.parallel.ulysses import heads_to_tokens, tokens_to_heads
 
 HEADS, HEAD_DIM = 12, 8
 # (B, F, tokens of a frame): 35 divide by none of 2, 3 and 4; of 5, some ranks hold a single one.
@@ -127,3 +129,30 @@ def test_a_layout_knows_what_every_rank_holds():
     assert layout.ulysses_lengths(1) == (4, 4)
     assert layout.ring_lengths() == (12, 8)
     assert not layout.is_even
+
+
+class Copied(TorchDispatchMode):
+    """Counts the elements that copies write."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("stack", "cat", "clone", "copy_", "_to_copy"):
+            self.num_elements += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_ulysses_copies_no_more_than_its_messages_need(monkeypatch, batch):
+    """To the heads: once into the message and once out of it; back: once out, and in only what a batch interleaves."""
+    lengths, heads = (5, 5, 5), 6
+    monkeypatch.setattr("torch.distributed.all_to_all_single", lambda to, sent, *_, **__: to.view(-1).set_(sent))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda _: 0)
+    qkv = torch.randn(3, batch, 5, heads, 4)
+    with Copied() as copied:
+        query, _, _ = tokens_to_heads(*qkv, lengths, None)
+    assert copied.num_elements == 2 * qkv.numel()
+    with Copied() as copied:
+        heads_to_tokens(query, lengths, None)
+    assert copied.num_elements == (1 if batch == 1 else 2) * query.numel()

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pusa_dist.config import ParallelConfig, load_model_config
-from pusa_dist.errors import CheckpointError
+from pusa_dist.errors import CheckpointError, GangError
 from pusa_dist.parallel.mesh import free_port
 from pusa_dist.request import ConditioningParams, MediaInfo, RequestParams, resolve_request
 from pusa_dist.state import GenerationState
@@ -168,3 +169,37 @@ def test_latents_are_the_same_bits_however_a_job_is_time_sliced(run_ranks):
         for how in ("in turns", "moved"):
             for name, expected in finals["alone"].items():
                 assert torch.equal(finals[how][name], expected), f"{name}, {how}"
+
+
+def start_with_a_broken_network(place, axis, exchange):
+    """What the start of a gang says when the exchange of an axis fails, and whether the rank is still in it."""
+    worker = Worker(load_model_config("debug"), ParallelConfig(**{axis: 2}), WorkerOptions(threads=1, timeout_s=60))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GangError) as caught:
+        patch.setattr(dist, exchange, no_route)
+        worker.join(place.rank, 2, "127.0.0.1", place.port)
+    return str(caught.value), dist.is_initialized()
+
+
+def no_route(*_, **__):
+    raise RuntimeError("no route to host")
+
+
+@pytest.mark.parametrize(
+    ("axis", "exchange"),
+    [("cfg_degree", "all_gather"), ("ring_degree", "batch_isend_irecv"), ("ulysses_degree", "all_to_all_single")],
+)
+def test_ranks_that_meet_but_cannot_exchange_what_a_step_needs_do_not_start(run_ranks, axis, exchange):
+    for rank, (message, has_stayed) in enumerate(run_ranks(2, start_with_a_broken_network, axis, exchange)):
+        assert message.startswith(f"rank {rank} of 2 met the others, but failed in its first forward with them: no rou")
+        assert not has_stayed
+
+
+def started(place):
+    """Strengths in the weights of a gang that has just started."""
+    worker = Worker(load_model_config("debug-two-expert"), ParallelConfig(), WorkerOptions(threads=1, timeout_s=60))
+    worker.join(0, 1, "127.0.0.1", place.port)
+    return {expert: lora.alpha for expert, lora in worker._loaded._loras.items()}
+
+
+def test_a_gang_starts_with_the_default_strengths(run_ranks):
+    assert run_ranks(1, started) == [dict(load_model_config("debug-two-expert").lora.alpha)]

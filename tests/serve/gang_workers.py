@@ -1,6 +1,6 @@
 """Stand-ins for ``pusa_dist.worker.Worker``: the same calls, numbers for tensors, faults on request.
 
-A request's prompt says what happens: ``nan``, ``nan-on-0`` (one rank only), ``bug``, ``sleep`` (asleep in
+A request's prompt says what happens: ``nan``, ``nan-on-0`` (one rank only), ``too-large``, ``large`` (it fits alone), ``bug``, ``sleep`` (asleep in
 the forward of step 2), ``slow`` (healthy steps of SLOW_STEP_S), ``foreign`` (its checkpoint is refused) or
 anything else (nothing).
 """
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from pusa_dist.errors import CheckpointError, NumericsError
+from pusa_dist.errors import CheckpointError, DeviceMemoryError, NumericsError
 from pusa_dist.worker import Worker
 
 STEP_S = 0.05
@@ -21,7 +21,7 @@ SLOW_STEP_S = 2.5
 class FakeWorker:
     def __init__(self):
         self.jobs = {}
-        self.steps = []
+        self.num_forwards = 0
 
     def join(self, rank, world_size, address, port):
         self.rank = rank
@@ -43,6 +43,9 @@ class FakeWorker:
         return self.jobs[job_id][0].height
 
     def step(self, job_ids):
+        self.num_forwards += 1
+        if len(job_ids) > 1 and any(self.jobs[job_id][0].prompt == "large" for job_id in job_ids):
+            raise DeviceMemoryError("use a smaller size")
         for job_id in job_ids:
             self.step_one(*self.jobs[job_id])
         for job_id in job_ids:  # all of them or, as above, none
@@ -52,6 +55,8 @@ class FakeWorker:
     def step_one(self, request, _, done):
         if request.prompt == "nan" or (request.prompt == "nan-on-0" and self.rank == 0):
             raise NumericsError("step 1 is not finite")
+        if request.prompt == "too-large":
+            raise DeviceMemoryError("use a smaller size")
         if request.prompt == "bug":
             raise ValueError("a bug")
         if request.prompt == "sleep" and done == 1 and self.rank == 1:

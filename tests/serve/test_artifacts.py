@@ -17,7 +17,7 @@ import httpx
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from pusa_dist.errors import ConfigError
+from pusa_dist.errors import Cancelled, ConfigError
 from serve.store import artifacts
 from serve.store.artifacts import ArtifactStore, StorageError, input_key, job_prefix
 from serve.store.jobs import JobStore
@@ -50,6 +50,29 @@ def test_what_is_put_is_read_back(store: ArtifactStore, tmp_path: Path) -> None:
     store.put_file(KEY, tmp_path / "local.bin")
     assert store.read(KEY) == b"from a file"
     assert store.size(KEY) == 11
+
+
+def test_a_file_is_copied_in_parts_and_may_be_stopped_after_any(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_PART_BYTES", 5 * 2**20)  # a bucket takes no smaller ones
+    data, said = os.urandom(16 * 2**20), []
+    (tmp_path / "local.bin").write_bytes(data)
+    store.put_file(KEY, tmp_path / "local.bin", lambda: said.append(True))
+    assert store.read(KEY) == data
+    assert len(said) >= 4
+    store.delete(KEY)
+
+    def stop() -> None:
+        said.append(True)
+        if len(said) == 2:
+            raise Cancelled
+
+    said.clear()
+    with pytest.raises(Cancelled):
+        store.put_file(KEY, tmp_path / "local.bin", stop)
+    with pytest.raises(FileNotFoundError):
+        store.read(KEY)
 
 
 def test_what_another_process_wrote_is_seen(store: ArtifactStore) -> None:

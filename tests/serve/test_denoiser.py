@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pusa_dist.errors import CheckpointError, GangError, NumericsError
+from pusa_dist.errors import CheckpointError, DeviceMemoryError, GangError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import _LINGER_S, Denoiser
 from serve.gang import Held
@@ -536,14 +536,25 @@ def test_jobs_of_one_signature_share_forwards_up_to_the_limit(rank, limit, num_s
     assert {message.num_sharing for message in steps} == {num_sharing}
 
 
-def test_a_job_whose_latents_are_not_finite_does_not_take_along_those_that_share_its_forward(rank):
+@pytest.mark.parametrize(("prompt", "kind"), [("nan", NumericsError), ("too-large", DeviceMemoryError)])
+def test_a_job_that_cannot_make_its_step_does_not_take_along_those_that_share_its_forward(rank, prompt, kind):
     async def scenario():
         denoiser = Denoiser(CONFIG.model_copy(update={"shared_forward_max_tokens": 100}), rank)
         good = [asyncio.create_task(collect(denoise(denoiser, name))) for name in ("good", "better")]
-        with pytest.raises(NumericsError):
-            await collect(denoise(denoiser, "nan", virtual_time=-1.0))
+        with pytest.raises(kind):
+            await collect(denoise(denoiser, prompt, virtual_time=-1.0))
         return await asyncio.gather(*good)
 
     for messages in asyncio.run(scenario()):
         assert steps_of(messages) == [0, 1, 2, 3, 4]
         assert isinstance(messages[-1], Finished)
+
+
+def test_jobs_that_fit_only_alone_are_tried_together_once(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG.model_copy(update={"shared_forward_max_tokens": 100}), rank)
+        return await asyncio.gather(*(collect(denoise(denoiser, name)) for name in ("large", "other")))
+
+    for messages in asyncio.run(scenario()):
+        assert isinstance(messages[-1], Finished)
+    assert rank.worker.num_forwards == 1 + 2 * 4

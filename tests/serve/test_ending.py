@@ -2,7 +2,7 @@
 
 import pytest
 
-from pusa_dist.errors import CheckpointError, GangError, NumericsError, RequestError
+from pusa_dist.errors import CheckpointError, DeviceMemoryError, GangError, NumericsError, RequestError
 from serve.ending import MAX_ATTEMPTS, Again, Failed, ending
 from serve.moderation import ModerationUnavailableError
 from serve.stages import GangSilentError, GangUnavailableError, ReplicaLostError
@@ -22,6 +22,7 @@ from tests.serve.store_support import new_job
         (ReplicaLostError("the VAE"), {"attempt": MAX_ATTEMPTS - 1}, Again("replica_lost", gang_died=False)),
         (ReplicaLostError("the VAE"), {"attempt": MAX_ATTEMPTS}, "replica_lost"),
         (NumericsError("step 2"), {}, "numerics_error"),
+        (DeviceMemoryError("size=832x480"), {}, "out_of_memory"),
         (RequestError("too short", "input", "clip_too_short"), {}, "clip_too_short"),
         (ModerationUnavailableError("no answer"), {}, "moderation_unavailable"),
         (CheckpointError("a bug of ours"), {}, None),

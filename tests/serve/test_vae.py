@@ -127,6 +127,59 @@ def test_an_attempt_stopped_while_its_files_are_written_leaves_none(vae, tmp_pat
     assert (len(calls), written(tmp_path)) == (nth, set())
 
 
+def test_a_decode_stopped_before_its_turn_removes_nothing_and_one_stopped_in_it_not_on_the_loop(vae, monkeypatch):
+    go_on, removed = threading.Event(), []
+    monkeypatch.setattr(vae._artifacts, "delete", lambda key: removed.append((key, threading.current_thread())))
+    monkeypatch.setattr(vae._codec, "decode", lambda _: iter([go_on.wait(10)][:0]))
+
+    async def scenario():
+        decoding, queued = (
+            asyncio.create_task(vae.decode(name, 1, REQUEST, TensorRef(latents()))) for name in ("running", "queued")
+        )
+        await asyncio.sleep(0.1)
+        for one in (queued, decoding):
+            one.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await one
+        assert removed == []  # nor has the loop waited for the bucket
+        go_on.set()
+        await asyncio.to_thread(vae._decodes.shutdown)
+
+    asyncio.run(scenario())
+    ((key, thread),) = removed
+    assert key == "jobs/running/attempts/1"
+    assert thread is not threading.main_thread()
+
+
+def test_files_that_a_stopped_decode_cannot_remove_are_told_of(vae, monkeypatch, caplog):
+    def fail(_):
+        raise StorageError(errno.EIO, "away")
+
+    monkeypatch.setattr(vae._artifacts, "delete", fail)
+    vae._remove("jobs/j/attempts/1")
+    assert "files of a stopped attempt stay behind" in caplog.text
+
+
+def test_every_input_that_is_read_and_every_part_that_is_written_says_that_work_moves_on(held, monkeypatch):
+    said, moves_on = [], held._decodes.moves_on
+
+    def put_file(_, path, moves_on):
+        before = len(said)
+        moves_on()
+        assert len(said) == before + 1
+
+    for thread in (held._encodes, held._decodes):
+        monkeypatch.setattr(thread, "moves_on", lambda: said.append(moves_on()))
+    monkeypatch.setattr(held._artifacts, "read", lambda key: len(said))
+    seen = []
+    monkeypatch.setattr(held._codec, "encode_inputs", lambda request, inputs: seen.extend(inputs))
+    asyncio.run(held.encode(REQUEST, ["a", "b", "c"]))
+    assert [after - seen[0] for after in seen] == [0, 1, 2]
+    held._codec.chunks.release(2)
+    monkeypatch.setattr(held._artifacts, "put_file", put_file)
+    asyncio.run(held.decode("j", 1, REQUEST, TensorRef(latents())))
+
+
 def test_previews_are_small_pictures_under_the_attempts_keys_and_the_map_is_fitted_once(vae, tmp_path):
     values = np.zeros((3, 2, 8, 8), np.float32)
     values[0, 0], values[0, 1] = 55.0, -50.0
@@ -152,6 +205,34 @@ def test_a_preview_does_not_wait_for_decodes(vae):
 def test_decoders_that_do_not_work_are_the_replicas_trouble_not_the_requests(vae):
     with pytest.raises(ReplicaLostError):
         asyncio.run(vae.encode(REQUEST, []))
+
+
+def test_frames_are_decoded_while_those_before_them_are_written(vae, monkeypatch):
+    is_decoding, write, waited = threading.Event(), Mp4Writer.write, []
+
+    def decode(latents):
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+        is_decoding.set()
+        yield np.zeros((4, 64, 64, 3), np.uint8)
+
+    def write_late(writer, frames):
+        waited.append(is_decoding.wait(10))
+        write(writer, frames)
+
+    monkeypatch.setattr(vae._codec, "decode", decode)
+    monkeypatch.setattr(Mp4Writer, "write", write_late)
+    asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
+    assert waited == [True, True]
+
+
+def test_an_error_of_the_decoder_is_the_decodes(vae, monkeypatch):
+    def decode(latents):
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(vae._codec, "decode", decode)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(vae.decode("j", 1, REQUEST, TensorRef(latents())))
 
 
 class HeldCodec(FakeCodec):

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 
 import av
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pusa_dist.media import stills
 from pusa_dist.media.clips import iter_frames
 from pusa_dist.media.mp4 import Mp4Writer
 from pusa_dist.media.probe import probe
@@ -146,3 +148,26 @@ def test_a_frames_zip_holds_every_frame_without_loss_and_repeats(tmp_path):
         assert archive.namelist() == [f"{index:05d}.png" for index in range(6)]
         for name, expected in zip(archive.namelist(), frames, strict=True):
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(archive.read(name)))), expected)
+
+
+def test_whoever_writes_lossless_frames_does_not_wait_for_their_compression(tmp_path, monkeypatch):
+    go_on, compress = threading.Event(), stills._png
+
+    def compress_later(frame):
+        assert go_on.wait(10)
+        return compress(frame)
+
+    monkeypatch.setattr(stills, "_png", compress_later)
+    frames = moving(4)
+    with FramesZip(tmp_path / "a.zip") as out:
+        out.write(frames)
+        go_on.set()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert [archive.read(name) for name in archive.namelist()] == [compress(frame) for frame in frames]
+
+
+def test_a_frame_that_cannot_be_compressed_fails_the_zip(tmp_path):
+    out = FramesZip(tmp_path / "a.zip")
+    out.write(np.zeros((1, 4, 4, 7), np.uint8))
+    with pytest.raises(TypeError):
+        out.close()
