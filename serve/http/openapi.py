@@ -18,7 +18,7 @@ from pusa_dist.request import MAX_PROMPT_BYTES, MAX_SEED
 from serve.config import UploadLimits
 from serve.http.errors import ErrorBody
 from serve.http.events import DeletedEvent, PreviewEvent, ProgressEvent
-from serve.http.repeats import MAX_KEY_LENGTH
+from serve.http.idempotency import MAX_KEY_LENGTH
 from serve.http.schemas import ConditioningBody, PusaBody, VideoBody
 from serve.store.jobs import JOB_ID_PATTERN
 

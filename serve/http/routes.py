@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.http.content import Variant, content_head, content_response, finished_artifact
 from serve.http.errors import ErrorBody, ServeError
 from serve.http.gateway import Gateway
-from serve.http.repeats import Origin
+from serve.http.idempotency import Origin
 from serve.http.uploads import IncomingBody, read_body
 from serve.http.views import (
     Model,
