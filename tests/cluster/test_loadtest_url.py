@@ -167,6 +167,13 @@ def test_a_measurement_alone_in_which_a_job_does_not_complete_is_unusable(tmp_pa
     assert "measurement, a job of class draft: failed (gang_died)" in capsys.readouterr().err
 
 
+def test_an_address_where_nobody_listens_is_named(tmp_path, capsys):
+    assert run("http://127.0.0.1:1", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("loadtest: http://127.0.0.1:1/")
+    assert line.endswith("check --url")
+
+
 def test_a_service_that_nobody_answers_for_is_errors_within_bounds():
     workload, arrivals = drafts(1)
     with socket.create_server(("127.0.0.1", 0)) as probe:
