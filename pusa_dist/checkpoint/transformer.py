@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from pusa_dist.checkpoint.files import files_of
 from pusa_dist.checkpoint.keys import with_diffusers_names
-from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
+from pusa_dist.checkpoint.load import load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_state
 from pusa_dist.config import ModelConfig, Precision
 from pusa_dist.errors import ConfigError
