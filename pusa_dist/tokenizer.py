@@ -9,9 +9,9 @@ import html
 import ftfy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from pusa_dist.checkpoint.files import files_of
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
+from pusa_dist.weights import files_of
 
 PAD, EOS = 0, 1
 _FIRST_BYTE = 3  # after padding, end of text and unknown, as in ByT5

@@ -44,7 +44,7 @@ def served(folder, *, pretends=True):
     async def ready():
         return {"Gateway": True}
 
-    config = ServeConfig(state_dir=str(folder / "state"), require_keys=True, poll_after_ms=50)
+    config = ServeConfig(model="debug", state_dir=str(folder / "state"), require_keys=True, poll_after_ms=50)
     gateway, store = Gateway(config, ready), JobStore(config.resolved_database_url)
     keys = {name: store.create_key(name)[1] for name in TENANTS}
     listener = socket.create_server(("127.0.0.1", 0))

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pusa_dist.checkpoint.files import check_files, files_of
 from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
 from pusa_dist.checkpoint.load import load_exactly, read_tensors
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import ModelConfig, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
 from pusa_dist.parity.cases import transformer_config
+from pusa_dist.weights import check_files, files_of
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 WEIGHTS = GOLDENS / "public_dit_main.safetensors"
