@@ -55,7 +55,8 @@ def start(
     state.mkdir(parents=True, exist_ok=True)
     port = free_port() if port is None else port
     log = state / "service.log"
-    command = [sys.executable, "-m", "serve", "--model", model, "--port", str(port), "--state", str(state), *arguments]
+    command = [sys.executable, "-m", "serve", "--model", model, "--state", str(state), *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port)]  # whatever a configuration file says
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     return Service(f"http://127.0.0.1:{port}", process, log)

@@ -46,9 +46,11 @@ def growth(before: Iterable[Process], after: Iterable[Process]) -> list[Figure]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; exit code 1 when a role has grown."""
-    parser = argparse.ArgumentParser(prog="memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--early", type=int, default=20, help="jobs before the first measurement")
+    parser = argparse.ArgumentParser(prog="python -m cluster.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=200, help="jobs before the last measurement (default: %(default)s)")
+    parser.add_argument(
+        "--early", type=int, default=20, help="jobs before the first measurement (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     with (
         tempfile.TemporaryDirectory(prefix="pusa-memory-") as folder,

@@ -61,12 +61,12 @@ def plain_loop(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; exit code 1 above the limit or when the job was too short to tell."""
-    parser = argparse.ArgumentParser(prog="service_cost", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="debug")
-    parser.add_argument("--size", default="288x192")
-    parser.add_argument("--num-frames", type=int, default=33)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(prog="python -m cluster.service_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="debug", help="model of both sides (default: %(default)s)")
+    parser.add_argument("--size", default="288x192", help="WIDTHxHEIGHT of the video in pixels (default: %(default)s)")
+    parser.add_argument("--num-frames", type=int, default=33, help="frames of the video, 4k+1 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps of the video (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="videos made on each side (default: %(default)s)")
     arguments = parser.parse_args(argv)
     work = (arguments.size, arguments.num_frames, arguments.steps)
     say = sys.stdout.write

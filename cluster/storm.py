@@ -75,11 +75,19 @@ def latency_figures(seconds: Sequence[float], num_failed: int, rate: float) -> l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; exit code 1 when a figure is missed."""
-    parser = argparse.ArgumentParser(prog="storm", description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--orders", type=int, default=1000, help="of all clients together")
-    parser.add_argument("--rate", type=float, default=20.0, help="creates a second")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of creates at that rate")
+    parser = argparse.ArgumentParser(prog="python -m cluster.storm", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--clients", type=int, default=50, help="clients that order at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--orders", type=int, default=1000, help="orders of all clients together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=20.0, help="creates a second while the gang is busy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="how long to create at that rate (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     with (
         tempfile.TemporaryDirectory(prefix="pusa-storm-") as folder,

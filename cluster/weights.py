@@ -82,10 +82,12 @@ def _digest(chunks: Iterable[bytes]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch and check; returns 1 when something is wrong."""
-    parser = argparse.ArgumentParser(prog="weights", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m cluster.weights", description=__doc__)
     parser.add_argument("configuration", type=Path, help="folder with SHA256SUMS and source, a file with an fsspec URL")
     parser.add_argument("folder", type=Path, help="where the weights go")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="names to bring (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="fetch only the files with these names (default: all)"
+    )
     options = parser.parse_args(arguments)
     try:
         digests = wanted((options.configuration / "SHA256SUMS").read_text(), options.only)

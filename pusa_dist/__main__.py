@@ -43,28 +43,38 @@ def _report(error: Exception, rank: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pusa_dist", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pusa_dist", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_generate(commands.add_parser("generate", help="generate one video to a file"))
     _add_plan(commands.add_parser("plan", help="show how a gang would split a video, without any GPU"))
     parity = commands.add_parser("parity", help="compare with recorded tensors of the public code")
-    parity.add_argument("folder", type=Path, help="folder with a manifest.json")
+    parity.add_argument("folder", type=Path, help="folder with recorded tensors and their manifest.json")
     parity.set_defaults(run=_parity)
-    add_train(commands.add_parser("train", help="train a small model, stage by stage"))
+    add_train(
+        commands.add_parser("train", help="train a small model stage by stage, or adapt a model to a folder of clips")
+    )
     bench = commands.add_parser("bench", help="measure the engine against diffusers in one run")
-    bench.add_argument("--rounds", type=int, default=15, help="timed rounds of each variant (at least 5)")
-    bench.add_argument("--json", type=Path, help="also write the figures here")
+    bench.add_argument(
+        "--rounds", type=int, default=15, help="timed rounds of each variant, at least 5 (default: %(default)s)"
+    )
+    bench.add_argument("--json", type=Path, help="also write the figures to this file")
     bench.set_defaults(run=_bench)
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="debug", help="a shipped model's name, or a path to a YAML file")
-    parser.add_argument("--cfg-degree", type=int, default=1, help="ranks for the two guidance branches: 1 or 2")
-    parser.add_argument("--ring-degree", type=int, default=1, help="ranks of the ring axis")
-    parser.add_argument("--ulysses-degree", type=int, default=1, help="ranks of the Ulysses axis")
-    parser.add_argument("--size", metavar="WxH", help="video size in pixels, multiples of 16")
-    parser.add_argument("--num-frames", type=int, help="frames of the video, 4k+1")
+    parser.add_argument(
+        "--model", default="tiny", help="a shipped model's name, or a path to a YAML file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cfg-degree", type=int, default=1, help="ranks for the two guidance branches, 1 or 2 (default: %(default)s)"
+    )
+    parser.add_argument("--ring-degree", type=int, default=1, help="ranks of the ring axis (default: %(default)s)")
+    parser.add_argument(
+        "--ulysses-degree", type=int, default=1, help="ranks of the Ulysses axis (default: %(default)s)"
+    )
+    parser.add_argument("--size", metavar="WxH", help="video size in pixels, multiples of 16 (default: the model's)")
+    parser.add_argument("--num-frames", type=int, help="frames of the video, 4k+1 (default: the model's)")
 
 
 def _count(text: str) -> int:
@@ -76,25 +86,45 @@ def _count(text: str) -> int:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--prompt", required=True, help="what the video shows")
-    parser.add_argument("--negative-prompt", help="what it should not show")
+    parser.add_argument("--negative-prompt", help="what it should not show (default: the model's)")
     parser.add_argument("--input", type=Path, action="append", default=[], help="image or clip; may be repeated")
     parser.add_argument(
         "--conditioning",
         default="[]",
-        help='JSON list as in the API, e.g. [{"input": 0, "position": "start", "noise_multiplier": 0.2}]',
+        help='JSON list as in the API, e.g. [{"input": 0, "position": "start", "noise_multiplier": 0.2}] '
+        "(default: one image alone is the start)",
     )
-    parser.add_argument("--fps", type=int, help="frames a second")
-    parser.add_argument("--num-inference-steps", type=int, help="denoising steps, 1 to 50")
-    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance; 1 turns it off")
-    parser.add_argument("--shift", type=float, help="shift of the sigma schedule")
-    parser.add_argument("--lora-alpha", help="strength of the Pusa LoRA: a number, or JSON per expert")
-    parser.add_argument("--seed", type=int, help="drawn and printed when left out")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of every rank")
-    parser.add_argument("--threads", type=_count, help="CPU threads of a rank")
-    parser.add_argument("--weights", help="folder of the weights, instead of the model's own")
-    parser.add_argument("--attention", default="ours", choices=("ours", "xfuser"), help="over several ranks")
-    parser.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="the MP4 to write")
-    parser.add_argument("--repeat", type=_count, default=1, help="run it this often on the loaded model, timing each")
+    parser.add_argument("--fps", type=int, help="frames a second of the video (default: the model's)")
+    parser.add_argument("--num-inference-steps", type=int, help="denoising steps, 1 to 50 (default: the model's)")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="classifier-free guidance; 1 turns it off (default: the model's)"
+    )
+    parser.add_argument("--shift", type=float, help="shift of the sigma schedule (default: the model's)")
+    parser.add_argument(
+        "--lora-alpha",
+        help="strength of the Pusa LoRA: a number, or a JSON object with one for each expert (default: the model's)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the noise (default: drawn, and printed)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="device each rank uses (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=_count, help="CPU threads of each rank (default: PyTorch's choice)")
+    parser.add_argument("--weights", help="folder of the weights (default: the one that the model's YAML names)")
+    parser.add_argument(
+        "--attention",
+        default="ours",
+        choices=("ours", "xfuser"),
+        help="attention implementation for several ranks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/generated.mp4"), help="the MP4 to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=_count,
+        default=1,
+        help="generate it this often on the loaded model and time each run (default: %(default)s)",
+    )
     parser.set_defaults(run=_generate)
 
 

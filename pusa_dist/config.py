@@ -114,6 +114,21 @@ class TransformerConfig:
         """Width E of the model."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of one transformer, without making it: a few linears around its blocks."""
+        e, wide = self.dim, 4 * self.out_channels  # a token is 1 x 2 x 2 latents
+        embeddings = (4 * self.in_channels + 1) * e + (self.freq_dim + 1) * e + (self.text_dim + 1) * e
+        shared = embeddings + 8 * (e + 1) * e + (e + 1) * wide + 2 * e
+        # Biases, the norms of queries and keys, the norm between the attentions, and the modulation table.
+        small = 8 * e + self.ffn_dim + e + 4 * e + 2 * e + 6 * e
+        return shared + self.num_layers * small + self.num_adapted
+
+    @property
+    def num_adapted(self) -> int:
+        """Those of them that Pusa's LoRA changes: the matrices of the blocks' linears."""
+        return self.num_layers * (8 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeConfig:
@@ -250,6 +265,12 @@ class ModelConfig:
                 f"defaults: {d.width}x{d.height}, {d.num_frames} frames; sides must be multiples of "
                 f"{PIXEL_MULTIPLE} and frames 4k+1"
             )
+
+    @property
+    def num_weights(self) -> int:
+        """Those of all transformers, and the copies that a change of LoRA starts from: what every rank holds."""
+        copies = 0 if self.lora is None else self.transformer.num_adapted
+        return len(self.experts) * (self.transformer.num_parameters + copies)
 
     def precision_on(self, device_type: str) -> Precision:
         """Precision of this model on a device: what it is fed depends on it, so jobs record it."""

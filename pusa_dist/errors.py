@@ -13,6 +13,9 @@ All data is passed positionally to ``super().__init__`` and no class has per-ins
 that every error survives pickling across Ray with its type and its fields.
 """
 
+from collections.abc import Collection
+from difflib import get_close_matches
+
 
 class PusaError(Exception):
     """Base of every error this package raises on purpose."""
@@ -59,3 +62,9 @@ class DeviceMemoryError(PusaError):
 
 class Cancelled(PusaError):  # noqa: N818 - not a failure
     """The caller asked for the generation to stop."""
+
+
+def instead_of(name: str, known: Collection[str]) -> str:
+    """What to write for a name that does not exist: the one that was probably meant, or else all there are."""
+    nearest = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"use {', '.join(known)}"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pusa_dist.config import ModelConfig, ParallelConfig
 from pusa_dist.errors import RequestError
 from pusa_dist.media.mp4 import Mp4Writer
-from pusa_dist.parallel.mesh import free_port
+from pusa_dist.parallel.mesh import check_device, free_port
 from pusa_dist.prompt_encoder import PromptEncoder
 from pusa_dist.request import GenerationRequest
 from pusa_dist.video_codec import VideoCodec
@@ -58,10 +58,14 @@ class Generator:
     """A loaded model on this rank (and, on rank 0, the text encoder and the VAE).
 
     Making one is collective over the gang.
+
+    Raises:
+        ConfigError: degrees that do not fit the model or the ranks, no such device, or weights that are not there.
     """
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, options: WorkerOptions, place: Place) -> None:
         self.is_first = place.rank == 0
+        check_device(options.device)  # the text encoder is loaded before the gang meets
         self._worker = Worker(model, parallel, options)
         if self.is_first:
             self._text = PromptEncoder(model, options.device)

@@ -7,6 +7,7 @@ Nothing is rounded, clipped or dropped: a value that cannot be honoured raises `
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any, Literal, get_args
 
 from pusa_dist.config import ModelConfig, ParallelConfig
@@ -250,7 +251,15 @@ def _check_prompt(text: str, param: str) -> None:
 
 def _check_range(value: float, low: float, high: float, param: str) -> None:
     if not low <= value <= high:  # also refuses NaN
-        raise RequestError(f"{param}={value} is out of range; use {low} to {high}", param, "out_of_range")
+        least, most = _shortened(low, ROUND_CEILING), _shortened(high, ROUND_FLOOR)
+        raise RequestError(f"{param}={value} is out of range; use {least} to {most}", param, "out_of_range")
+
+
+def _shortened(bound: float, rounding: str) -> str:
+    """A bound in four digits at most, rounded into the range: what is printed is accepted."""
+    if isinstance(bound, int):
+        return str(bound)
+    return f"{Context(prec=4, rounding=rounding).create_decimal(repr(bound)).normalize():f}"
 
 
 def _num_frames(params: RequestParams, fps: int, model: ModelConfig) -> int:

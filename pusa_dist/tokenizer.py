@@ -5,13 +5,13 @@ collapsed; case is kept.
 """
 
 import html
-from pathlib import Path
 
 import ftfy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
+from pusa_dist.weights import files_of
 
 PAD, EOS = 0, 1
 _FIRST_BYTE = 3  # after padding, end of text and unknown, as in ByT5
@@ -28,13 +28,9 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     Raises:
         ConfigError: the file is missing or is no ``tokenizer.json``.
     """
-    if model.weights.tokenizer is None:
-        if model.weights.seed is None:
-            raise ConfigError(f"model {model.name}: weights.tokenizer names no file; give its tokenizer.json")
+    if model.weights.tokenizer is None and model.weights.seed is not None:
         return byte_tokenizer()
-    path = Path(model.weights.root or "") / model.weights.tokenizer
-    if not path.is_file():
-        raise ConfigError(f"tokenizer {path} does not exist; put it there or set weights.root")
+    path = files_of(model, "weights.tokenizer", model.weights.tokenizer)[0]
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:

@@ -18,7 +18,15 @@ from ray.serve.handle import DeploymentHandle
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
-from serve.config import MAX_STREAMS, DenoiserConfig, RoleConfig, ServeConfig, WorkConfig, require_shared_stores
+from serve.config import (
+    MAX_STREAMS,
+    DenoiserConfig,
+    RoleConfig,
+    ServeConfig,
+    WorkConfig,
+    require_loopback,
+    require_shared_stores,
+)
 from serve.dispatcher import Dispatcher
 from serve.gang import MakeWorker
 from serve.gang_replica import DenoiserReplica
@@ -49,7 +57,6 @@ _AT_ONCE: dict[str, Any] = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
 _UNHURRIED: dict[str, Any] = {"upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
 _LOOK_S = 2.0
 Handle = DeploymentHandle[Any]
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class GatewayReplica:
@@ -238,20 +245,6 @@ def check_cluster(config: ServeConfig) -> None:
     require_shared_stores(config, num_alive_nodes())
     client: Any = ray_serve.context._get_global_client()
     require_loopback(config, client.http_config.host)
-
-
-def require_loopback(config: ServeConfig, host: str | None) -> None:
-    """Refuse to serve the network when nobody needs a key.
-
-    Args:
-        config: of the application.
-        host: where Ray Serve listens; None: nowhere.
-    """
-    if not config.require_keys and host is not None and host not in _LOOPBACK:
-        raise ConfigError(
-            f"http host {host} is reachable from the network, but no keys are asked for; "
-            "set require_keys and make some with 'python -m serve keys create', or serve on 127.0.0.1"
-        )
 
 
 def traces_endpoint(config: ServeConfig) -> str | None:

@@ -20,24 +20,28 @@ ANSWER_S = 3.0
 """A gang that has not answered a renewal within this has missed it."""
 MAX_MISSED = 2
 """A gang that has missed so many renewals in a row is given up."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_STREAMS = 800
 """Event streams of a gateway, of all tenants; each is a request that goes on until its job ends."""
 
 
 class Settings(BaseModel):
-    """Base of every part: frozen, and closed against misspelt keys."""
+    """Base of every part: frozen, and closed against misspelt keys; ``python -m serve config`` prints docstrings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RoleConfig(Settings):
     """Where a role runs and how many replicas of it there are."""
 
     num_replicas: int = Field(1, ge=1)
+    """Replicas; with max_replicas, the least of them."""
     max_replicas: int | None = Field(None, ge=1)
     """Above num_replicas: the role autoscales between the two (``cluster.autoscaling``)."""
     num_cpus: float = Field(0.1, ge=0)
+    """CPU cores that Ray sets aside for each replica; for each rank of a denoiser."""
     num_gpus: float = Field(0, ge=0)
+    """GPUs for each replica, or each rank of a denoiser; 0: it computes on the CPU."""
     resources: dict[str, float] = {}
     """Custom Ray resources a node must offer."""
     label_selector: dict[str, str] = {}
@@ -76,9 +80,13 @@ class DenoiserConfig(StageConfig):
     """One replica is a gang of ``cfg * ring * ulysses`` ranks; num_cpus, num_gpus are per rank."""
 
     cfg_degree: int = Field(1, ge=1)
+    """Ranks for the two guidance branches: 1 or 2."""
     ring_degree: int = Field(1, ge=1)
+    """Ranks that pass keys and values round a ring."""
     ulysses_degree: int = Field(2, ge=1)
+    """Ranks that share the attention heads; it must divide their number."""
     attention: Literal["ours", "xfuser"] = "ours"
+    """Implementation of the attention over several ranks; xfuser needs CUDA and the extra ``cuda``."""
     threads_per_rank: int | None = Field(1, ge=1)
     """CPU threads of a rank; None leaves it to torch."""
     spread: bool = False
@@ -140,24 +148,25 @@ class UploadLimits(Settings):
     """What the gateway accepts before anything is stored."""
 
     max_body_bytes: int = Field(64 * 2**20, ge=1)
-    """Media that are fetched count, too."""
+    """Largest body of a request; media that are fetched for it count, too."""
     max_inputs: int = Field(32, ge=1)
+    """Images and clips of a request."""
     decoders: int = Field(2, ge=1)
     """Files that a gateway decodes at the same time, in processes of their own."""
     decode_timeout_s: float = Field(30.0, gt=0)
-    """For one file, in seconds of waiting and of processor time."""
+    """Longest time to decode one file, in seconds of waiting and of processor time."""
     decode_memory_mib: int = Field(1536, ge=512)
-    """Address space of a decoder, of which its libraries take about 400."""
+    """Address space of a decoder in MiB, of which its libraries take about 400."""
     media_by_url: bool = False
     """Fetch media that are given as https URLs of public addresses."""
     media_by_url_timeout_s: float = Field(20.0, gt=0)
-    """For all the URLs of a request together."""
+    """Longest time to fetch all the URLs of a request together."""
 
 
 class ServeConfig(Settings):
     """The application."""
 
-    model: str = "debug"
+    model: str = "tiny"
     """Name of a shipped model, or a path to its YAML."""
     weights_root: str | None = None
     """Overrides ``weights.root`` of the model."""
@@ -168,7 +177,8 @@ class ServeConfig(Settings):
     artifacts_url: str | None = None
     """fsspec URL; default a folder under state_dir."""
     require_keys: bool = False
-    """Ask every request for an API key (``python -m serve keys``). False: all are tenant ``local``, loopback only."""
+    """Ask every request for an API key (``python -m serve keys``). False: all requests are those of the tenant
+    ``local``, and the service listens on loopback only."""
     moderation: str | None = None
     """``package.module:function`` that is asked before a job is accepted and before a result is published."""
     moderation_timeout_s: float = Field(30.0, gt=0)
@@ -190,11 +200,17 @@ class ServeConfig(Settings):
     """Collector of traces by OTLP over HTTP, such as ``http://collector:4318``; by default what the environment
     variable OTEL_EXPORTER_OTLP_ENDPOINT says, and none without it."""
     uploads: UploadLimits = UploadLimits()
+    """What the gateway accepts before anything is stored."""
     gateway: RoleConfig = RoleConfig()
+    """The HTTP interface."""
     dispatcher: RoleConfig = RoleConfig()
+    """Who drives the jobs; there is exactly one."""
     text_encoder: WorkConfig = WorkConfig()
+    """Prompts to embeddings."""
     vae: WorkConfig = WorkConfig()
+    """Given pictures to latents, and latents to the files of a result."""
     denoiser: DenoiserConfig = DenoiserConfig()
+    """The gangs: a replica is ``cfg * ring * ulysses`` ranks, and num_cpus and num_gpus are those of each rank."""
 
     @property
     def resolved_database_url(self) -> str:
@@ -232,4 +248,21 @@ def require_shared_stores(config: ServeConfig, num_nodes: int) -> None:
         raise ConfigError(
             f"artifacts_url={config.resolved_artifacts_url} is a local folder, but the cluster has {num_nodes} "
             "nodes; set artifacts_url to a bucket, such as s3://bucket/prefix"
+        )
+
+
+def require_loopback(config: ServeConfig, host: str | None) -> None:
+    """Refuse to serve the network when nobody needs a key.
+
+    Args:
+        config: of the application.
+        host: where Ray Serve listens; None: nowhere.
+
+    Raises:
+        ConfigError: it can be reached from the network and asks for no keys.
+    """
+    if not config.require_keys and host is not None and host not in _LOOPBACK:
+        raise ConfigError(
+            f"http host {host} is reachable from the network, but no keys are asked for; set require_keys: true "
+            "(--require-keys) and make keys with 'python -m serve keys create', or serve on 127.0.0.1"
         )

@@ -170,10 +170,14 @@ def measure(folder: Path, share_forwards: bool) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code. Whatever happens, no process stays."""
-    parser = argparse.ArgumentParser(prog="chaos", description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", type=Path, help="an empty folder with a short name for the state and the log, kept")
+    parser = argparse.ArgumentParser(prog="python -m cluster.chaos", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--share-forwards", action="store_true", help="jobs of one shape, two at a time in a forward: equal to rounding"
+        "--keep", type=Path, help="keep the state and the log in this folder; it must be empty and its path short"
+    )
+    parser.add_argument(
+        "--share-forwards",
+        action="store_true",
+        help="give all jobs one shape, so that two share each forward; their results then agree within rounding",
     )
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)

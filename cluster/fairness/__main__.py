@@ -56,10 +56,16 @@ def real_figures() -> list[Figure]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="fairness", description=__doc__.splitlines()[0])
-    parser.add_argument("--gangs", type=int, default=1000, help="of the crowd")
-    parser.add_argument("--tenants", type=int, default=200, help="of the crowd")
-    parser.add_argument("--virtual-only", action="store_true", help="start no service")
+    parser = argparse.ArgumentParser(prog="python -m cluster.fairness", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--gangs", type=int, default=1000, help="gangs in the large simulated scenario (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tenants", type=int, default=200, help="tenants in the large simulated scenario (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--virtual-only", action="store_true", help="measure the policy under virtual time only; start no service"
+    )
     arguments = parser.parse_args(argv)
     lines = [] if arguments.virtual_only else real_figures()
     began = time.perf_counter()

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("loadtest: interrupted")
         return 130
+    except httpx.ConnectError as error:
+        print(f"loadtest: {error.request.url} cannot be reached: {error}; check --url", file=sys.stderr)
+        return 2
     except (SettingsError, UnusableError, RuntimeError, httpx.HTTPError, subprocess.TimeoutExpired) as error:
         print(f"loadtest: {error}", file=sys.stderr)
         return 2
@@ -115,35 +118,75 @@ def _write(folder: Path, report: Report, rows: Sequence[Row], slo: Slo | None) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="loadtest", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m cluster.loadtest", description=__doc__.splitlines()[0])
     shipped = CONFIGS / "loadtest"
-    parser.add_argument("--workload", type=Path, default=shipped / "debug.yaml", help="YAML of tenants and classes")
     parser.add_argument(
-        "--slo", type=Path, help="YAML of objectives; without it lost and doubled jobs are judged alone"
+        "--workload",
+        type=Path,
+        default=shipped / "debug.yaml",
+        help="YAML of tenants and kinds of jobs (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/loadtest"), help="folder for the report")
-    parser.add_argument("--seed", type=int, help="instead of the workload's")
+    parser.add_argument(
+        "--slo", type=Path, help="YAML of objectives; without it, only lost and doubled jobs are judged"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/loadtest"), help="folder for the report (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the arrivals, instead of the workload's")
     parser.add_argument("--request-rate", type=float, help="jobs a second, instead of the workload's")
-    parser.add_argument("--num-jobs", "--num-prompts", type=int, help="instead of the workload's")
-    parser.add_argument("--rates", type=_rates, default=(), help="sweep before the run, such as 0.5,1,2")
-    parser.add_argument("--sweep-jobs", type=int, default=40, help="for each of the sweep's rates")
+    parser.add_argument("--num-jobs", "--num-prompts", type=int, help="number of jobs, instead of the workload's")
     parser.add_argument(
-        "--alone", type=int, default=0, metavar="JOBS", help="of each class, before: for simulation --against"
+        "--rates", type=_rates, default=(), help="jobs a second to sweep before the run, such as 0.5,1,2"
     )
     parser.add_argument(
-        "--job-timeout", type=float, default=600.0, help="seconds after the last arrival; with --alone, of each job"
+        "--sweep-jobs", type=int, default=40, help="jobs at each rate of the sweep (default: %(default)s)"
     )
-    remote = parser.add_argument_group("any service")
-    remote.add_argument("--url", help="of the service; without it, one is started here")
+    parser.add_argument(
+        "--alone",
+        type=int,
+        default=0,
+        metavar="JOBS",
+        help="measure so many jobs of each class by themselves first; simulation --against needs it",
+    )
+    parser.add_argument(
+        "--job-timeout",
+        type=float,
+        default=600.0,
+        help="seconds to wait after the last arrival, and for each job of --alone (default: %(default)s)",
+    )
+    remote = parser.add_argument_group("with a service that runs already")
+    remote.add_argument("--url", help="address of the service (default: one is started here)")
     remote.add_argument("--keys", type=Path, help="YAML of API keys by tenant (default: PUSA_KEY_TENANT variables)")
-    remote.add_argument("--metrics-url", help="of the service's metrics, as Prometheus reads them")
-    remote.add_argument("--ranks-per-gang", type=int, help="of the service, for rank-seconds a video")
-    local = parser.add_argument_group("a service of our own")
-    local.add_argument("--model", default="debug")
-    local.add_argument("--service-config", type=Path, default=CONFIGS / "serve" / "loadtest.yaml")
-    local.add_argument("--kill-rank-at", type=float, action="append", default=[], metavar="SECONDS")
-    local.add_argument("--saturation", type=int, default=0, metavar="ROUNDS", help="against a plain loop, by turns")
-    local.add_argument("--saturation-jobs", type=int, default=4, help="of a round, on each side")
+    remote.add_argument("--metrics-url", help="address of the service's metrics, as Prometheus reads them")
+    remote.add_argument(
+        "--ranks-per-gang", type=int, help="ranks of each of the service's gangs, to work out rank-seconds a video"
+    )
+    local = parser.add_argument_group("with a service started here")
+    local.add_argument("--model", default="debug", help="model that it serves (default: %(default)s)")
+    local.add_argument(
+        "--service-config",
+        type=Path,
+        default=CONFIGS / "serve" / "loadtest.yaml",
+        help="its Serve config file, which must ask for keys (default: %(default)s)",
+    )
+    local.add_argument(
+        "--kill-rank-at",
+        type=float,
+        action="append",
+        default=[],
+        metavar="SECONDS",
+        help="kill a rank so long after the run begins; may be given several times",
+    )
+    local.add_argument(
+        "--saturation",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="afterwards, compare the throughput of a full queue with that of a plain loop, in so many rounds",
+    )
+    local.add_argument(
+        "--saturation-jobs", type=int, default=4, help="jobs on each side of a round (default: %(default)s)"
+    )
     return parser
 
 

@@ -13,9 +13,16 @@ K8S = Path(__file__).parents[1] / "k8s"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="manifests", description=__doc__)
-    parser.add_argument("--crds", type=Path, metavar="DIR", help="folder of JSON schemas made from KubeRay's CRDs")
-    parser.add_argument("--k8s", type=Path, metavar="DIR", default=K8S, help="folder with overlays/")
+    parser = argparse.ArgumentParser(prog="python -m cluster.manifests", description=__doc__)
+    parser.add_argument(
+        "--crds",
+        type=Path,
+        metavar="DIR",
+        help="folder of JSON schemas made from KubeRay's CRDs (default: that check is skipped)",
+    )
+    parser.add_argument(
+        "--k8s", type=Path, metavar="DIR", default=K8S, help="folder that contains overlays/ (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     results = check_all(options.k8s, options.crds)
     print(report(results))

@@ -30,7 +30,7 @@ def files() -> Iterator[tuple[Path, str]]:
 
 def main() -> int:
     """Write or check; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.observability", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m cluster.observability", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     check = parser.parse_args().check
     stale = [path for path, text in files() if not path.exists() or path.read_text() != text]

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{models[column]['id']}, revision {models[column]['pusa']['revision']}", file=sys.stderr)
             outcomes[column], pictures = answers(client, questions(pairs, text_pairs, tasks), options.in_flight)
         for task, frames in pictures.items():
-            path = options.out / models[column]["id"] / f"{task.replace(', ', '-').replace(' ', '-')}.png"
+            path = options.out / models[column]["id"] / f"{task}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             grid(frames).save(path)
     table = rows(outcomes["base"], outcomes["adapted"], adaptation_cost(models["adapted"]["id"]))
@@ -102,23 +102,31 @@ def _report(table: Sequence[Row], facts: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quality", description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="scenes and seeds a row (default: %(default)s)")
-    parser.add_argument("--text-pairs", type=int, help="the same for text-to-video (default: as --pairs)")
+    parser = argparse.ArgumentParser(prog="python -m cluster.quality", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pairs", type=int, default=LEAST_PAIRS, help="pairs of scene and seed for each row (default: %(default)s)"
+    )
+    parser.add_argument("--text-pairs", type=int, help="pairs for text-to-video (default: as many as --pairs)")
     parser.add_argument(
         "--task",
         action="append",
         choices=[task.name for task in TASKS],
-        help="only this one; may be given several times",
+        help="measure only this task; may be given several times",
     )
-    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="seed of the first (default: %(default)s)")
-    parser.add_argument("--base", default="tiny-base", help="model of the first column (default: %(default)s)")
-    parser.add_argument("--adapted", default="tiny", help="model of the second column (default: %(default)s)")
-    parser.add_argument("--base-url", help="a service that serves the first model, instead of one of our own")
-    parser.add_argument("--adapted-url", help="the same for the second")
-    parser.add_argument("--in-flight", type=int, default=6, help="jobs at once (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/quality"), help="folder of the report")
-    parser.add_argument("--config", default=SERVICE_CONFIG, help="Serve config file of our own services")
+    parser.add_argument(
+        "--first-seed", type=int, default=FIRST_SEED, help="seed of the first pair (default: %(default)s)"
+    )
+    parser.add_argument("--base", default="tiny-base", help="model of the table's first column (default: %(default)s)")
+    parser.add_argument("--adapted", default="tiny", help="model of the table's second column (default: %(default)s)")
+    parser.add_argument("--base-url", help="a running service with the first model, instead of one started here")
+    parser.add_argument("--adapted-url", help="a running service with the second model, likewise")
+    parser.add_argument("--in-flight", type=int, default=6, help="jobs in flight at once (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/quality"), help="folder of the report (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--config", default=SERVICE_CONFIG, help="Serve config file of the services started here (default: %(default)s)"
+    )
     return parser
 
 

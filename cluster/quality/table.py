@@ -79,13 +79,13 @@ def rows(base: Outcomes, adapted: Outcomes, adaptation_cost: float | None) -> li
     """
     by_tasks: Sequence[tuple[tuple[str, ...], Callable[..., Row]]] = (
         (("reconstruction",), _reconstruction),
-        (("text, 10 steps",), _text),
-        (("image, multiplier 0", "still"), _given_frame),
+        (("text-10",), _text),
+        (("image-0", "still"), _given_frame),
         (("image",), _kept),
-        (("image, multiplier 0",), partial(_kept, note=", at multiplier 0")),
-        (("start and end",), partial(_adapted, _START_END, share=0.80)),
+        (("image-0",), partial(_kept, note=", at multiplier 0")),
+        (("start-end",), partial(_adapted, _START_END, share=0.80)),
         (("extension",), partial(_adapted, _EXTENSION, share=0.75)),
-        (("text, 10 steps", "text, 50 steps"), _steps),
+        (("text-10", "text-50"), _steps),
     )
     asked = [(tasks, row) for tasks, row in by_tasks if base.keys() >= set(tasks)]
     found = [row(*(side[task] for task in tasks for side in (base, adapted))) for tasks, row in asked]

@@ -58,6 +58,7 @@ class Task:
     """One question to a model."""
 
     name: str
+    """As ``--task`` takes it: a number is that of the denoising steps, or an image's noise multiplier."""
     order: Callable[[Pair], Order]
     judge: Callable[[Pair, Frames], Outcome]
 
@@ -214,11 +215,11 @@ _NO_DENOISING = {"num_inference_steps": 1, "guidance_scale": 1.0}
 TASKS: Sequence[Task] = (
     Task(name="reconstruction", order=_reconstruction, judge=judge_reconstruction),
     Task(name="still", order=_still, judge=judge_still),
-    Task(name="text, 10 steps", order=_text(10), judge=judge_text),
-    Task(name="text, 50 steps", order=_text(50), judge=judge_text),
-    Task(name="image, multiplier 0", order=_image(0.0), judge=judge_image),
+    Task(name="text-10", order=_text(10), judge=judge_text),
+    Task(name="text-50", order=_text(50), judge=judge_text),
+    Task(name="image-0", order=_image(0.0), judge=judge_image),
     Task(name="image", order=_image(None), judge=judge_image),
-    Task(name="start and end", order=_start_end, judge=judge_start_end),
+    Task(name="start-end", order=_start_end, judge=judge_start_end),
     Task(name="extension", order=_extension, judge=judge_extension),
 )
 

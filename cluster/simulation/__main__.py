@@ -21,13 +21,22 @@ from cluster.simulation.replay import compare, read_replay
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Simulate and print; 1 if no pool meets the objective."""
-    parser = argparse.ArgumentParser(prog="simulation", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=Path(next(iter(configs.__path__))) / "simulation/example.yaml")
-    parser.add_argument("--max-gpus", type=int, default=8192, help="of one pool (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m cluster.simulation", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--against", type=Path, help="judge it by a real run instead: a load test's folder, or its rows"
+        "--config",
+        type=Path,
+        default=Path(next(iter(configs.__path__))) / "simulation/example.yaml",
+        help="YAML of the workload, the objective and the pools of GPUs (default: %(default)s)",
     )
-    parser.add_argument("--check", action="store_true", help="judge the simulation itself instead, by what is known")
+    parser.add_argument(
+        "--max-gpus", type=int, default=8192, help="largest number of GPUs in a pool (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        help="compare the simulation with a real run instead: a load test's folder, or its jobs.jsonl",
+    )
+    parser.add_argument("--check", action="store_true", help="check the simulation against closed-form results instead")
     arguments = parser.parse_args(argv)
     try:
         if arguments.check:

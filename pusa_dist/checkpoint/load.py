@@ -9,31 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pusa_dist.config import ModelConfig
-from pusa_dist.errors import CheckpointError, ConfigError
+from pusa_dist.errors import CheckpointError
 
 # Names under which training scripts wrap the weights of a pickled checkpoint.
 WRAPPERS = ("model_state", "state_dict")
-
-
-def files_of(model: ModelConfig, setting: str, pattern: str | None) -> list[Path]:
-    """Files of one part of a model, sorted.
-
-    Args:
-        model: whose files.
-        setting: where the model's configuration names them, for the error.
-        pattern: what it says there: a glob under the folder of weights.
-
-    Raises:
-        ConfigError: the configuration names none, or there is no such file.
-    """
-    root = model.weights.root
-    if root is None or pattern is None:
-        raise ConfigError(f"{model.name}: {setting} names no file under a weights.root; add it")
-    found = sorted(path for path in Path(root).glob(pattern) if path.is_file())
-    if not found:
-        raise ConfigError(f"no weights match {pattern!r} under {root!r}; put the published files there or set the root")
-    return found
 
 
 def read_tensors(paths: Sequence[Path], *, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:

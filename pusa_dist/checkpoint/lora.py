@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pusa_dist.checkpoint.keys import diffusers_name, without_prefix
-from pusa_dist.checkpoint.load import files_of, read_tensors, refuse
+from pusa_dist.checkpoint.load import read_tensors, refuse
 from pusa_dist.checkpoint.seeded import seeded_normal
 from pusa_dist.config import LoraConfig, ModelConfig, PristineWeights
 from pusa_dist.errors import CheckpointError, ConfigError
+from pusa_dist.weights import files_of
 
 logger = logging.getLogger(__name__)
 

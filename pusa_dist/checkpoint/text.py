@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
+from pusa_dist.checkpoint.load import load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_state
 from pusa_dist.config import ModelConfig, Precision, TextEncoderConfig
 from pusa_dist.schedule import DTYPES
+from pusa_dist.weights import files_of
 
 # Published name to transformers' name; a block's names follow its number.
 _WHOLE = {

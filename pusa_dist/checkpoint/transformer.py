@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from pusa_dist.checkpoint.keys import with_diffusers_names
-from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
+from pusa_dist.checkpoint.load import load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_state
 from pusa_dist.config import ModelConfig, Precision
 from pusa_dist.errors import ConfigError
 from pusa_dist.model.transformer import VectorTimestepTransformer, new_transformer
 from pusa_dist.schedule import DTYPES
+from pusa_dist.weights import files_of
 
 
 def build_transformer(

@@ -7,10 +7,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
-from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
+from pusa_dist.checkpoint.load import load_exactly, read_tensors
 from pusa_dist.checkpoint.seeded import seeded_normal
 from pusa_dist.config import ModelConfig, Precision, VaeConfig
 from pusa_dist.schedule import DTYPES
+from pusa_dist.weights import files_of
 
 # Published name (a prefix or an infix) to diffusers' name.
 _PARTS = {

@@ -62,10 +62,8 @@ def meet(rank: int, world_size: int, address: str, port: int, device: str, timeo
     Returns:
         The device's type.
     """
-    chosen = torch.device(device)
+    chosen = check_device(device)
     if chosen.type == "cuda":
-        if torch.cuda.device_count() == 0:
-            raise ConfigError(f"device={device}: this process sees no CUDA device; use cpu")
         index = rank % torch.cuda.device_count() if chosen.index is None else chosen.index
         torch.cuda.set_device(index)
     if dist.is_initialized():
@@ -84,6 +82,14 @@ def meet(rank: int, world_size: int, address: str, port: int, device: str, timeo
             f"rank {rank} could not meet the other ranks of {world_size} at {host}:{port} within {timeout_s} s: {error}"
         ) from error
     return chosen.type
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name, or ConfigError if this process has none."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and torch.cuda.device_count() == 0:
+        raise ConfigError(f"device={device}: this process sees no CUDA device; use cpu")
+    return chosen
 
 
 def check_world(rank: int, world_size: int, parallel: ParallelConfig) -> None:

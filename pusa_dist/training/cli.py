@@ -23,71 +23,95 @@ from pusa_dist.request import parse_size
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Add the stages to a parser of their own."""
     stages = parser.add_subparsers(required=True, metavar="stage")
-    _add_stage(stages.add_parser("vae", help="1: the autoencoder, on clips drawn as it goes"), _vae)
-    _add_stage(stages.add_parser("base", help="2: the text-to-video base, with the text encoder"), _base)
-    _add_stage(stages.add_parser("adapt", help="3: LoRA to a timestep per latent frame"), _adapt)
-    _add_cache(stages.add_parser("cache", help="latents and text embeddings of a folder of clips, for adapt --data"))
-    _add_plan(stages.add_parser("plan", help="GPU memory of an adaptation, worked out without a GPU"))
+    _add_stage(stages.add_parser("vae", help="stage 1: the autoencoder, on clips that are drawn as it goes"), _vae)
+    _add_stage(stages.add_parser("base", help="stage 2: the text-to-video base, with the text encoder"), _base)
+    _add_stage(
+        stages.add_parser("adapt", help="stage 3: a LoRA that adapts the base to a timestep for each latent frame"),
+        _adapt,
+    )
+    _add_cache(stages.add_parser("cache", help="encode a folder of clips and their captions once, for adapt --data"))
+    _add_plan(stages.add_parser("plan", help="work out, without a GPU, how much GPU memory an adaptation takes"))
 
 
 def _add_stage(parser: argparse.ArgumentParser, run: Callable[..., None]) -> None:
-    parser.add_argument("--model", default="tiny", help="a shipped model's name, or a path to a YAML file: the shape")
+    parser.add_argument(
+        "--model", default="tiny", help="name or YAML file of the model whose shape is trained (default: %(default)s)"
+    )
     # --run is no name to use under torchrun, which takes it for an option of its own.
-    parser.add_argument("--out", "--run", type=Path, dest="folder", help="folder of the run; left out: outputs/MODEL")
-    parser.add_argument("--threads", type=int, help="CPU threads of a rank; left out: torch's choice")
+    parser.add_argument("--out", "--run", type=Path, dest="folder", help="folder of the run (default: outputs/MODEL)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each rank (default: PyTorch's choice)")
     for name, kind, meaning in _LOOP:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=meaning)
+        choices = ("cpu", "cuda") if name == "device" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, choices=choices, help=meaning)
     if run is not _vae:
-        parser.add_argument("--num-clips", type=int, help="clips encoded once and trained on")
-        parser.add_argument("--caption-dropout", type=float, help="share of samples with the negative prompt")
+        parser.add_argument("--num-clips", type=int, help="number of clips to encode once and train on")
+        parser.add_argument(
+            "--caption-dropout", type=float, help="share of the samples that are given the negative prompt, 0 to 1"
+        )
     if run is _adapt:
-        parser.add_argument("--rank", type=int, help="of the LoRA")
-        _add_cached(parser.add_argument_group("a model and data that exist"))
+        parser.add_argument("--rank", type=int, help="rank of the LoRA")
+        _add_cached(parser.add_argument_group("adapting a model that exists to your own clips"))
     parser.set_defaults(run=lambda arguments: _run(run, arguments))
 
 
 def _add_cached(group: Any) -> None:
-    group.add_argument("--data", type=Path, help="adapt the model to this cache, made by `train cache`; no other stage")
-    group.add_argument("--weights", help="folder of the model's weights, instead of its own")
-    group.add_argument("--alpha", type=float, help="the update is alpha / rank * (B @ A); left out: the rank")
-    group.add_argument("--init-adapter", type=Path, help="an adapter in Pusa's format to start from")
-    group.add_argument("--sharded", action="store_true", default=None, help="cut the weights over the ranks (FSDP2)")
+    group.add_argument("--data", type=Path, help="adapt to this cache of clips, made by `train cache`")
+    group.add_argument("--weights", help="folder of the model's weights (default: the one that its YAML names)")
+    group.add_argument("--alpha", type=float, help="the update is alpha / rank * (B @ A) (default: the rank)")
+    group.add_argument("--init-adapter", type=Path, help="adapter in Pusa's format to start from")
     group.add_argument(
-        "--no-checkpointing", action="store_false", default=None, dest="checkpointing", help="keep all activations"
+        "--sharded", action="store_true", default=None, help="divide the weights among the ranks (FSDP2)"
+    )
+    group.add_argument(
+        "--no-checkpointing",
+        action="store_false",
+        default=None,
+        dest="checkpointing",
+        help="keep all activations instead of computing them again: faster, more memory",
     )
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", metavar="WxH", help="in pixels; left out: the model's default")
-    parser.add_argument("--num-frames", type=int, help="of every clip, 4k+1; left out: the model's default")
+    parser.add_argument("--size", metavar="WxH", help="video size in pixels (default: the model's)")
+    parser.add_argument("--num-frames", type=int, help="frames of every clip, 4k+1 (default: the model's)")
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a shipped model's name, or a path to a YAML file")
     parser.add_argument("--data", type=Path, required=True, help="folder with metadata.csv (file_name,text) and train/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the cache; caching goes on where it stopped")
-    parser.add_argument("--weights", help="folder of the model's weights, instead of its own")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of every process")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the cache; an interrupted run continues where it stopped"
+    )
+    parser.add_argument("--weights", help="folder of the model's weights (default: the one that its YAML names)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="device each process uses (default: %(default)s)"
+    )
     _add_size(parser)
     parser.set_defaults(run=_cache)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pusa-v1-14b", help="a shipped model's name, or a path to a YAML file")
-    parser.add_argument("--rank", type=int, default=512, help="of the LoRA")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 16], help="numbers of GPUs to compare")
-    parser.add_argument("--batch-size", type=int, default=1, help="samples of each GPU")
+    parser.add_argument(
+        "--model", default="pusa-v1-14b", help="a shipped model's name, or a path to a YAML file (default: %(default)s)"
+    )
+    parser.add_argument("--rank", type=int, default=512, help="rank of the LoRA (default: %(default)s)")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1, 8, 16], help="numbers of GPUs to compare (default: 1 8 16)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="samples of each GPU in a step (default: %(default)s)"
+    )
     _add_size(parser)
     parser.set_defaults(run=_plan)
 
 
 _LOOP: tuple[tuple[str, Any, str], ...] = (
     ("steps", int, "optimiser steps"),
-    ("batch_size", int, "samples a step, of each rank (the autoencoder's phases have their own)"),
+    ("batch_size", int, "samples of each rank in a step (the autoencoder's phases have their own)"),
     ("lr", float, "highest learning rate"),
-    ("cycle", int, "steps after which the learning rate rises anew"),
-    ("seed", int, "of everything random"),
-    ("device", str, "cpu or cuda"),
+    ("cycle", int, "steps after which the learning rate starts again from its highest"),
+    ("seed", int, "seed of everything random"),
+    ("device", str, "device each rank uses (default: cpu)"),
     ("log_every", int, "steps between lines of log.jsonl"),
     ("save_every", int, "steps between checkpoints"),
     ("sample_every", int, "steps between sample grids"),
@@ -162,12 +186,14 @@ def _options(recipe: Any, arguments: argparse.Namespace) -> Any:
 def _cache(arguments: argparse.Namespace) -> int:
     import os
 
+    from pusa_dist.parallel.mesh import check_device
     from pusa_dist.training.cache import make_cache
 
     model = load_model_config(arguments.model, arguments.weights)
     # Processes share the clips by number and never talk, so each may also be started by hand.
     rank, world_size, place = (int(os.environ.get(name, default)) for name, default in _PLACE)
     device = f"cuda:{place}" if arguments.device == "cuda" else "cpu"
+    check_device(device)
     made = make_cache(
         model,
         arguments.data,

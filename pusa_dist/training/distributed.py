@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from pusa_dist.errors import ConfigError
 from pusa_dist.generate import Place
 from pusa_dist.model.transformer import VectorTimestepTransformer
-from pusa_dist.parallel.mesh import leave_gang, meet
+from pusa_dist.parallel.mesh import check_device, leave_gang, meet
 
 TIMEOUT_S = 1800.0
 """Rank 0 may draw samples for a while as the others wait."""
@@ -92,8 +92,12 @@ def join(device: str) -> Ranks:
 
     Args:
         device: "cpu" (gloo) or "cuda" (NCCL), where each rank takes one of the GPUs it sees.
+
+    Raises:
+        ConfigError: there is no such device.
     """
     place = Place.from_environment()
+    check_device(device)
     if place.world_size == 1:
         return ALONE
     return meet_at(place, device)

@@ -9,8 +9,9 @@ from serve.commands.options import add_store_arguments, open_store, table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of whom, and how much."""
-    parser.add_argument("tenant", nargs="?", help="of this tenant only")
-    parser.add_argument("--limit", type=int, default=1000, help="the newest only (default: %(default)s)")
+    parser.description = "Lists who changed keys, tenants and quotas, when, and to what."
+    parser.add_argument("tenant", nargs="?", help="list entries about this tenant only")
+    parser.add_argument("--limit", type=int, default=1000, help="list only so many, the newest (default: %(default)s)")
     add_store_arguments(parser)
     parser.set_defaults(command=_audit)
 

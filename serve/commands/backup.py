@@ -23,7 +23,7 @@ def add_backup_arguments(parser: argparse.ArgumentParser) -> None:
 def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
     """Where from."""
     parser.description = "Fills an empty store, of any kind, with a backup. No service may be running on that store."
-    parser.add_argument("source", metavar="SRC", help="what 'backup' wrote")
+    parser.add_argument("source", metavar="SRC", help="folder or URL that 'backup' wrote to")
     add_store_arguments(parser)
     parser.set_defaults(command=_restore)
 

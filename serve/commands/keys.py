@@ -9,16 +9,17 @@ from serve.commands.options import actor, add_store_arguments, open_store, table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``create``, ``list`` and ``revoke``."""
+    parser.description = "Makes, lists and revokes API keys; a running service follows within seconds."
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     create = commands.add_parser("create", help="make a key and print it, once")
-    create.add_argument("tenant", help="whose key; set up if it is new")
-    create.add_argument("--label", default="", help="what it is for")
+    create.add_argument("tenant", help="tenant whose key it is; it is set up if it is new")
+    create.add_argument("--label", default="", help="note of what the key is for")
     create.set_defaults(command=_create)
-    listing = commands.add_parser("list", help="every key, without the key itself")
-    listing.add_argument("tenant", nargs="?", help="of this tenant only")
+    listing = commands.add_parser("list", help="list all keys, without the secrets themselves")
+    listing.add_argument("tenant", nargs="?", help="list the keys of this tenant only")
     listing.set_defaults(command=_list)
-    revoke = commands.add_parser("revoke", help="end a key for good")
-    revoke.add_argument("key", help="its id, as listed")
+    revoke = commands.add_parser("revoke", help="revoke a key for good")
+    revoke.add_argument("key", help="id of the key, as 'list' shows it")
     revoke.set_defaults(command=_revoke)
     for command in (create, listing, revoke):
         add_store_arguments(command)

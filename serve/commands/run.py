@@ -4,30 +4,52 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from pusa_dist.errors import ConfigError
-from serve.commands.options import read_config
+from serve.commands.options import add_store_arguments, read_config, read_file
+from serve.commands.preflight import check_before_ray, check_resources
 from serve.config import ServeConfig
 from serve.scratch import scratch_folder
-from serve.store.jobs import JobStore
 
 APP_NAME = "pusa"
 _MIN_CPUS = 2
+_HOST, _PORT = "127.0.0.1", 8000
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the service listens."""
+
+    host: str
+    port: int
+    metrics_port: int | None
+    """None: Ray takes any that is free."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line says of a run."""
-    parser.add_argument("--model", help="name or path of a model's configuration (default: debug)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--weights", metavar="DIR", help="folder of the model's weights")
+    """What the command line says of a run, over the file of ``--config``."""
+    parser.description = (
+        "Serves video generation over HTTP on this machine until Ctrl-C. Options override what --config says."
+    )
+    parser.add_argument("--model", help="name of a shipped model, or path to a model's YAML file (default: tiny)")
+    parser.add_argument("--host", help=f"address to listen on (default: {_HOST})")
+    parser.add_argument("--port", type=int, help=f"port to listen on (default: {_PORT})")
+    parser.add_argument("--metrics-port", type=int, help="port of the Prometheus metrics (default: any that is free)")
+    parser.add_argument("--weights", metavar="DIR", help="folder of the model's weights (default: the model's own)")
+    parser.add_argument(
+        "--require-keys",
+        action="store_true",
+        default=None,
+        help="ask every request for an API key; make keys with 'python -m serve keys create'",
+    )
+    add_store_arguments(parser)
+    parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,28 +59,46 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: a configuration that cannot work.
     """
     config = read_config(options)
-    config.load_model()
+    model = config.load_model()
     if any(not role.num_replicas for role in (config.text_encoder, config.vae, config.denoiser)):
         raise ConfigError(
             "num_replicas=0 needs an autoscaling policy of the whole application, which only a Serve config file "
             "has: deploy one with 'serve run', such as configs/serve/scale-to-zero.yaml, or set num_replicas to 1"
         )
-    return _serve(config, options.host, options.port)
+    address = read_address(options)
+    check_before_ray(config, model, address.host, address.port, address.metrics_port)
+    if read_file(options.config).has_policy:
+        print(
+            f"serve: the autoscaling_policy of {options.config} is not used by 'python -m serve'; "
+            f"Ray's 'serve run {options.config}' uses it",
+            file=sys.stderr,
+        )
+    return _serve(config, address)
 
 
-def _serve(config: ServeConfig, host: str, port: int) -> int:
+def read_address(options: argparse.Namespace) -> Address:
+    """Where to listen: as the command line says, or else the file, or else on loopback.
+
+    Raises:
+        ConfigError: the file says something else than a host and a port.
+    """
+    http = read_file(options.config).http
+    host = http.get("host", _HOST) if options.host is None else options.host
+    port = http.get("port", _PORT) if options.port is None else options.port
+    if not isinstance(host, str) or not isinstance(port, int):
+        raise ConfigError(f"configuration {options.config}: http_options: give host as a text and port as a number")
+    return Address(host, port, options.metrics_port)
+
+
+def _serve(config: ServeConfig, address: Address) -> int:
     stop = threading.Event()
-    _make_folder(config.state_dir)
-    _migrate(config.resolved_database_url)
-    _check_port(host, port)
     started = time.perf_counter()
     _set_environment()
     import ray  # after the environment, which Ray reads when it is imported
     from ray import serve as ray_serve
 
-    from serve.app import build_app, require_loopback
+    from serve.app import build_app
 
-    require_loopback(config, host)
     stops: tuple[Any, ...] = (ray_serve.shutdown, ray.shutdown)
     # A short path: the sockets in it may have 107 characters.
     with scratch_folder("ray") as folder:
@@ -68,14 +108,17 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             include_dashboard=False,
             logging_level=logging.WARNING,
             _temp_dir=str(folder),
+            _metrics_export_port=address.metrics_port,
         )
         _on_signal(_interrupt)  # Ray has put its own handlers in place
         # Of Ray Serve itself; ours are as serve.logs says.
         quiet = {"log_level": "WARNING", "enable_access_log": False, "encoding": config.logs.upper()}
         try:
+            cluster_resources: Any = ray.cluster_resources
+            check_resources(config, cluster_resources())
             ray_serve.start(
                 proxy_location="HeadOnly",
-                http_options={"host": host, "port": port},
+                http_options={"host": address.host, "port": address.port},
                 logging_config=quiet,
             )
             try:
@@ -83,9 +126,11 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             except RuntimeError as error:
                 print(f"serve: {error}", *_reasons(ray_serve.status()), sep="\n", file=sys.stderr)
                 return 1
-            print(
-                f"ready: http://{host}:{port} (model {config.model}, {time.perf_counter() - started:.1f} s)", flush=True
-            )
+            list_nodes: Any = ray.nodes
+            metrics = f"metrics: http://127.0.0.1:{list_nodes()[0]['MetricsExportPort']}/metrics"
+            seconds = time.perf_counter() - started
+            ready = f"ready: http://{address.host}:{address.port} (model {config.model}, {seconds:.1f} s)"
+            print(f"{ready}\n{metrics}", flush=True)
             _on_signal(lambda *_: stop.set())
             stop.wait()
             print("stopping", flush=True)
@@ -96,30 +141,6 @@ def _serve(config: ServeConfig, host: str, port: int) -> int:
             for end in stops:
                 end()
     return 0
-
-
-def _make_folder(state_dir: str) -> None:
-    try:
-        Path(state_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"state_dir={state_dir} cannot be made: {error}; choose another with --state") from error
-
-
-def _migrate(database_url: str) -> None:
-    """Find out before Ray starts whether there is a database that this version can use."""
-    store = JobStore(database_url)
-    store.create_tables()
-    store.close()
-
-
-def _check_port(host: str, port: int) -> None:
-    """Find out before Ray starts, which says so late and at length."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error}; choose another address with --host or --port"
-        ) from error
 
 
 def _on_signal(handler: Callable[[int, Any], None]) -> None:

@@ -13,31 +13,33 @@ from serve.store.expiry import NOBODY
 from serve.store.jobs import JobStore
 from serve.store.tenants import Tenant
 
-_LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
-    "requests_per_minute": (int, "jobs asked for in a minute"),
-    "max_queued": (int, "jobs that wait"),
-    "max_running": (int, "jobs in progress at once"),
-    "cost_per_day": (float, "gang-seconds in a day"),
-    "max_tokens": (int, "tokens of the largest video"),
+_LIMITS: dict[str, tuple[str, Callable[[str], float], str]] = {
+    "requests_per_minute": ("requests_per_minute", int, "most jobs ordered in a minute"),
+    "max_queued": ("max_queued", int, "most jobs that wait"),
+    "max_running": ("max_running", int, "most jobs in progress at once"),
+    "cost_per_day": ("gang_seconds_per_day", float, "most seconds of a gang's work in a UTC day"),
+    "max_tokens": ("max_video_tokens", int, "most tokens of one video"),
 }
+"""Of every quota: what the command line calls it, its type and meaning."""
 _PAGE = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``set``, ``list``, ``webhook-secret`` and ``erase``."""
+    parser.description = "Sets and lists the tenants' weights and quotas; shows webhook secrets; erases a tenant."
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     setting = commands.add_parser("set", help="set a tenant up, or change what is given")
-    setting.add_argument("tenant")
-    setting.add_argument("--weight", type=float, help="share of the gangs against the other tenants' (1 at first)")
-    for name, (number, meaning) in _LIMITS.items():
+    setting.add_argument("tenant", help="name of the tenant; it is set up if it is new")
+    setting.add_argument("--weight", type=float, help="share of the gangs relative to the other tenants' (1 at first)")
+    for quota, (name, number, meaning) in _LIMITS.items():
         option = "--" + name.replace("_", "-")
-        setting.add_argument(option, type=_limit(number), metavar="N", help=f"{meaning}, or 'none'")
-    setting.add_argument("--new-webhook-secret", action="store_true", help="replace what signs its webhooks")
+        setting.add_argument(option, dest=quota, type=_limit(number), metavar="N", help=f"{meaning}, or 'none'")
+    setting.add_argument("--new-webhook-secret", action="store_true", help="replace the secret that signs its webhooks")
     setting.set_defaults(command=_set)
     listing = commands.add_parser("list", help="every tenant with its weight and quotas")
     listing.set_defaults(command=_list)
-    secret = commands.add_parser("webhook-secret", help="print what signs a tenant's webhooks")
-    secret.add_argument("tenant")
+    secret = commands.add_parser("webhook-secret", help="print the secret that signs a tenant's webhooks")
+    secret.add_argument("tenant", help="name of the tenant")
     secret.set_defaults(command=_webhook_secret)
     erase = commands.add_parser(
         "erase",
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Removes its jobs, their inputs and results, keys, usage, quotas and deliveries, and stops what "
         "runs. The service may be running. Backups made before still hold it; the audit log keeps that it was erased.",
     )
-    erase.add_argument("tenant")
+    erase.add_argument("tenant", help="name of the tenant")
     erase.set_defaults(command=_erase)
     for command in (setting, listing, secret, erase):
         add_store_arguments(command)
@@ -136,4 +138,4 @@ def _listing(tenants: list[Tenant]) -> str:
         (one.name, f"{one.weight:g}", *(getattr(one.quota, limit) for limit in limits), f"{one.virtual_time:.1f}")
         for one in tenants
     ]
-    return table(("tenant", "weight", *limits, "virtual_time"), rows)
+    return table(("tenant", "weight", *(_LIMITS[limit][0] for limit in limits), "virtual_time"), rows)

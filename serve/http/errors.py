@@ -13,13 +13,13 @@ from pathlib import PurePath
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from pusa_dist.errors import RequestError
+from serve.http.views import Answer
 from serve.policy.quota import Refusal
 from serve.store.artifacts import StorageError
 
@@ -124,19 +124,24 @@ def too_many_streams(limit: int) -> ServeError:
     )
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(Answer):
     """What went wrong."""
 
     message: str
+    """What is wrong, with which value, and what to do instead."""
     type: str
+    """OpenAI's word for the kind of error."""
     param: str | None = None
+    """Field of the request that is wrong; None: no single one."""
     code: str
+    """Stable reason, for programs."""
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(Answer):
     """Body of every answer that is not a success."""
 
     error: ErrorDetail
+    """What went wrong, in OpenAI's shape."""
 
 
 def outline(error: BaseException) -> str:

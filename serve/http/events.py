@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from serve.http.views import VideoError, error_view
+from serve.http.views import Answer, VideoError, error_view
 from serve.http.watch import Watch, Watcher
 from serve.store.job import Job, JobProgress, Stage, Status
 
@@ -27,33 +27,43 @@ _RECONNECT_MS = 2000
 _IMAGE_TYPES = {".webp": "image/webp", ".jpg": "image/jpeg", ".png": "image/png"}
 
 
-class ProgressEvent(BaseModel):
+class ProgressEvent(Answer):
     """Data of ``progress``, and of the last event: ``completed``, ``failed`` or ``cancelled``."""
 
     id: str
+    """Of the video."""
     state: Status
+    """State of the job."""
     stage: Stage | None
+    """What is being done for it, or was when it failed or was cancelled; None if it waits or is completed."""
     step: int
+    """Denoising steps done."""
     num_steps: int
+    """Denoising steps in all."""
     attempt: int
+    """How often work on it was begun."""
     estimated_seconds_left: float | None
     """Of work on it, waiting not counted; None while steps like its own were never measured."""
     error: VideoError | None
+    """Why it did not end well; None if it did, or has not ended."""
 
 
-class PreviewEvent(BaseModel):
+class PreviewEvent(Answer):
     """Data of ``preview``: what the video looks like so far."""
 
     id: str
+    """Of the video."""
     step: int
+    """Denoising steps that the picture was taken after."""
     image: str
     """A data URL."""
 
 
-class DeletedEvent(BaseModel):
+class DeletedEvent(Answer):
     """Data of ``deleted``: somebody removed the job."""
 
     id: str
+    """Of the video that was removed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from serve.config import MAX_STREAMS, ServeConfig
 from serve.http.errors import ServeError
 from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
+from serve.http.idempotency import Origin
 from serve.http.intake import Intake, check_model
 from serve.http.lookup import check_id, find_job, found
 from serve.http.measures import Measures, Unmeasured
 from serve.http.media import IncomingMedia
-from serve.http.repeats import Origin
 from serve.http.tenants import Tenants
 from serve.http.uploads import IncomingBody
 from serve.http.views import TenantUsage, usage_view

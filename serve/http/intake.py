@@ -21,10 +21,10 @@ from serve.http.content import finished_artifact
 from serve.http.errors import ServeError, moderation_unavailable, over_quota, storage_unavailable, tenant_erased
 from serve.http.extension import extend_clip
 from serve.http.forecast import Forecast
+from serve.http.idempotency import Origin
 from serve.http.lookup import find_job
 from serve.http.measures import Measures
 from serve.http.media import IncomingMedia
-from serve.http.repeats import Origin
 from serve.http.schemas import PusaBody, VideoBody
 from serve.http.uploads import IncomingBody, Media, MediaUrl, Upload, VideoReference
 from serve.logs import about

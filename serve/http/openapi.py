@@ -18,7 +18,7 @@ from pusa_dist.request import MAX_PROMPT_BYTES, MAX_SEED
 from serve.config import UploadLimits
 from serve.http.errors import ErrorBody
 from serve.http.events import DeletedEvent, PreviewEvent, ProgressEvent
-from serve.http.repeats import MAX_KEY_LENGTH
+from serve.http.idempotency import MAX_KEY_LENGTH
 from serve.http.schemas import ConditioningBody, PusaBody, VideoBody
 from serve.store.jobs import JOB_ID_PATTERN
 
@@ -92,6 +92,11 @@ _ERRORS: Mapping[tuple[str, str], Sequence[int]] = {
     ("/v1/usage", "get"): (400,),
     ("/v1/models/{name}", "get"): (404,),
 }
+_IN_PATHS = {
+    "video_id": "Id of the video.",
+    "character_id": "Of a character; there are none.",
+    "name": "Name of the model.",
+}
 _NOT_OFFERED = ("/v1/videos/edits", "/v1/videos/characters", "/v1/videos/{video_id}/remix")
 _FILES = ("video/mp4", "image/webp", "image/jpeg", "application/zip")
 
@@ -124,7 +129,10 @@ def describe(app: FastAPI, model: ModelConfig, uploads: UploadLimits, require_ke
         for method, operation in methods.items():
             statuses = [*_ALWAYS, *_ERRORS.get((path, method), ()), *([401] if require_keys else [])]
             operation["responses"] = _responses(operation["responses"], statuses)
+            operation["tags"] = [path.removeprefix("/v1").split("/")[1]]
             for parameter in operation.get("parameters", ()):
+                if parameter["in"] == "path":
+                    parameter["description"] = _IN_PATHS[parameter["name"]]
                 if parameter["name"] == "video_id":
                     parameter["schema"]["pattern"] = JOB_ID_PATTERN
     paths = document["paths"]

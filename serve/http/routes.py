@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.http.content import Variant, content_head, content_response, finished_artifact
 from serve.http.errors import ErrorBody, ServeError
 from serve.http.gateway import Gateway
-from serve.http.repeats import Origin
+from serve.http.idempotency import Origin
 from serve.http.uploads import IncomingBody, read_body
 from serve.http.views import (
+    Answer,
     Model,
     ModelList,
     TenantUsage,
@@ -69,34 +70,44 @@ CreateBody = Annotated[IncomingBody, Depends(_body("input_reference"))]
 ExtendBody = Annotated[IncomingBody, Depends(_body("video"))]
 
 
-class ListQuery(BaseModel):
+class Asked(BaseModel):
+    """Base of what is asked in the query of a URL."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ListQuery(Asked):
     """Which page of the videos."""
 
-    model_config = ConfigDict(extra="forbid")
     after: str | None = Field(None, pattern=JOB_ID_PATTERN)
+    """Id of the last video of the page before; left out: the first page."""
     limit: int = Field(20, ge=1, le=100)
+    """Most videos of a page."""
     order: Literal["asc", "desc"] = "desc"
+    """By age: ``desc`` is newest first."""
 
 
-class UsageQuery(BaseModel):
+class UsageQuery(Asked):
     """How far back."""
 
-    model_config = ConfigDict(extra="forbid")
     days: int = Field(30, ge=1, le=366)
+    """Number of UTC days, today included."""
 
 
-class ContentQuery(BaseModel):
+class ContentQuery(Asked):
     """Which file of a video."""
 
-    model_config = ConfigDict(extra="forbid")
     variant: Variant = "video"
+    """The MP4, a still, a sheet of stills, or a zip of lossless frames."""
 
 
-class Health(BaseModel):
+class Health(Answer):
     """What is up."""
 
     status: Literal["ready", "starting"]
+    """``ready`` when every deployment is."""
     model: str
+    """Model that is served."""
     deployments: dict[str, bool]
     """Whether each is ready."""
 
@@ -184,8 +195,8 @@ def download_video(
     video_id: str,
     query: Annotated[ContentQuery, Query()],
     request: Request,
-    range_header: Annotated[str | None, Header(alias="range")] = None,
-    if_range: Annotated[str | None, Header()] = None,
+    range_header: Annotated[str | None, Header(alias="range", description="Bytes of the file, as in RFC 9110.")] = None,
+    if_range: Annotated[str | None, Header(description="ETag that the range is meant for.")] = None,
 ) -> Response:
     """The bytes of a finished video, or a redirect to them."""
     artifact = finished_artifact(gateway.get(tenant, video_id), query.variant)
@@ -197,7 +208,10 @@ def download_video(
 
 @router.get("/v1/videos/{video_id}/events", response_class=Response)
 def stream_events(
-    gateway: TheGateway, tenant: Tenant, video_id: str, last_event_id: Annotated[str | None, Header()] = None
+    gateway: TheGateway,
+    tenant: Tenant,
+    video_id: str,
+    last_event_id: Annotated[str | None, Header(description="Id of the last event that was received.")] = None,
 ) -> Response:
     """How far a video is, as server-sent events, until it ends.
 

@@ -6,13 +6,12 @@ is refused with the name that was probably meant.
 
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pusa_dist.errors import RequestError
+from pusa_dist.errors import RequestError, instead_of
 from pusa_dist.request import ConditioningParams, Fit, RequestParams
 from serve.http.fetch import FetchError, check_url
 from serve.policy.priority import Priority
@@ -232,15 +231,12 @@ def param_name(loc: Iterable[str | int]) -> str:
 def unknown_field(name: str, param: str, known: list[str]) -> RequestError:
     """The refusal of a field that does not exist here, with the nearest one that does."""
     param = param[:MAX_NAME_SHOWN]
-    nearest = get_close_matches(name, known, n=1, cutoff=0.5)
     if "." not in param and name in PusaBody.model_fields:
         remedy = "send it inside the JSON part 'pusa'"
     elif name in VideoBody.model_fields:
         remedy = "it is a field of its own, beside 'pusa'"
-    elif nearest:
-        remedy = f"did you mean {nearest[0]!r}?"
     else:
-        remedy = f"use {', '.join(known)}"
+        remedy = instead_of(name, known)
     return RequestError(f"unknown field {param!r}; {remedy}", param, "unknown_field")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from pusa_dist.config import ModelConfig
 from pusa_dist.geometry import PIXEL_MULTIPLE
@@ -30,93 +30,138 @@ TASKS = (
 )
 
 
-class VideoError(BaseModel):
+class Answer(BaseModel):
+    """Base of every body that goes out; the docstrings of its fields are in the document at /openapi.json."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class VideoError(Answer):
     """Why a job did not end well."""
 
     code: str
+    """Stable reason, for programs."""
     message: str
+    """The reason in a sentence, for people."""
 
 
-class VideoFacts(BaseModel):
+class VideoFacts(Answer):
     """What we know of a job beyond the contract."""
 
     state: Status
-    """As kept: here ``cancelled`` is a state of its own."""
+    """State of the job; here ``cancelled`` is a state of its own."""
     stage: Stage | None
+    """What is being done for it, or was when it failed or was cancelled; None if it waits or is completed."""
     step: int
+    """Denoising steps done."""
     num_steps: int
+    """Denoising steps in all."""
     queue_position: int | None
     """1 for the next in the fair order, as of a moment ago; None: not queued, not counted yet, or in a list."""
     estimated_seconds_left: float | None
     """Of denoising, once it is the job's turn; None before any step was measured, and in lists."""
     priority: Priority
+    """As it was ordered: ``batch`` jobs give way to the tenant's interactive ones."""
     preview_every: int
+    """Steps between preview frames in the event stream; 0: none."""
     attempt: int
+    """How often work on it was begun: above 1 after a fault or a hand-over. 0: never yet."""
     seed: int
+    """Seed of the noise, given or drawn."""
     precision: str | None
+    """Precision of the transformer, ``bf16`` or ``fp32``; None until a gang has run it."""
     revision: str
+    """Revision of the model's weights."""
     stage_seconds: dict[str, float]
     """Of every stage it has been through; ``wait`` is the part of ``denoise`` before its first step began."""
     request: dict[str, Any]
     """Every value that was used, defaults included."""
 
 
-class Video(BaseModel):
+class Video(Answer):
     """OpenAI's video object."""
 
     id: str
+    """Name of the video in every other route."""
     object: Literal["video"] = "video"
+    """Kind of this object."""
     model: str
+    """Model that makes it."""
     status: Literal["queued", "in_progress", "completed", "failed"]
+    """One of OpenAI's four words; a cancelled video is ``failed``, and ``pusa.state`` says what it is."""
     progress: int
+    """Percent of the steps; 100 once the video can be downloaded."""
     created_at: int
+    """Unix seconds."""
     completed_at: int | None
+    """Unix seconds; None unless it is completed."""
     expires_at: int | None
+    """Unix seconds until which its files are kept; None unless it is completed."""
     prompt: str | None
+    """What the video shows."""
     remixed_from_video_id: str | None = None
+    """Always None: remixes are not offered."""
     seconds: str
     """Length of the video: frames / fps."""
     size: str
+    """WIDTHxHEIGHT in pixels."""
     error: VideoError | None
+    """Why it did not end well; None if it did, or has not ended."""
     pusa: VideoFacts
+    """What OpenAI's contract has no words for."""
 
 
-class VideoList(BaseModel):
+class VideoList(Answer):
     """A page of videos."""
 
     object: Literal["list"] = "list"
+    """Kind of this object."""
     data: list[Video]
+    """The videos, by age."""
     first_id: str | None
+    """Id of the first; None: the page is empty."""
     last_id: str | None
+    """Id of the last, after which the next page begins; None: the page is empty."""
     has_more: bool
+    """Whether there is a next page."""
 
 
-class VideoDeleted(BaseModel):
+class VideoDeleted(Answer):
     """Confirmation of a deletion."""
 
     id: str
+    """Of the video that was removed."""
     object: Literal["video.deleted"] = "video.deleted"
+    """Kind of this object."""
     deleted: Literal[True] = True
+    """It is gone, with its files."""
 
 
-class Model(BaseModel):
+class Model(Answer):
     """OpenAI's model object, with limits and defaults."""
 
     id: str
+    """Name of the model, as ``model`` of a request takes it."""
     object: Literal["model"] = "model"
+    """Kind of this object."""
     created: int
+    """Unix seconds of the start of the gateway that answers."""
     owned_by: str = "pusa"
+    """Always the same."""
     pusa: dict[str, Any]
+    """Its revision, tasks, limits, defaults and experts."""
 
 
-class ModelList(BaseModel):
+class ModelList(Answer):
     """Every model served: one."""
 
     object: Literal["list"] = "list"
+    """Kind of this object."""
     data: list[Model]
+    """The models."""
 
 
-class UsageOfDay(BaseModel):
+class UsageOfDay(Answer):
     """What was used on one UTC day."""
 
     day: str
@@ -131,39 +176,49 @@ class UsageOfDay(BaseModel):
     """Length of the completed videos."""
 
 
-class Limits(BaseModel):
+class Limits(Answer):
     """A tenant's quotas; null is no limit."""
 
     requests_per_minute: int | None
+    """Jobs accepted in a minute."""
     max_queued: int | None
+    """Jobs that wait."""
     max_running: int | None
     """Jobs in progress at once; more wait, none is refused for it."""
     gang_seconds_per_day: float | None
+    """Seconds of a gang's work in a UTC day."""
     max_tokens: int | None
-    """Of the largest video."""
+    """Tokens of the largest video."""
 
 
-class Left(BaseModel):
+class Left(Answer):
     """What a tenant may still ask for; null is no limit."""
 
     requests_this_minute: int | None
+    """Jobs that would be accepted now."""
     queued: int | None
+    """Jobs that may still be queued."""
     gang_seconds_today: float | None
-    """Unfinished jobs count with what they are predicted to need."""
+    """Seconds of a gang's work; unfinished jobs count with what they are predicted to need."""
 
 
-class TenantUsage(BaseModel):
+class TenantUsage(Answer):
     """What a tenant has used, and what is left."""
 
     object: Literal["usage"] = "usage"
+    """Kind of this object."""
     tenant: str
+    """Name of the tenant."""
     weight: float
     """Share of the gangs under contention, relative to the other tenants'."""
     today: UsageOfDay
+    """What was used today."""
     days: list[UsageOfDay]
     """Oldest first, today last; days without any use are left out."""
     limits: Limits
+    """The tenant's quotas."""
     left: Left
+    """What they still allow."""
 
 
 def video_view(job: Job, queue_position: int | None = None, seconds_left: float | None = None) -> Video:

@@ -44,7 +44,7 @@ def served(folder, *, pretends=True):
     async def ready():
         return {"Gateway": True}
 
-    config = ServeConfig(state_dir=str(folder / "state"), require_keys=True, poll_after_ms=50)
+    config = ServeConfig(model="debug", state_dir=str(folder / "state"), require_keys=True, poll_after_ms=50)
     gateway, store = Gateway(config, ready), JobStore(config.resolved_database_url)
     keys = {name: store.create_key(name)[1] for name in TENANTS}
     listener = socket.create_server(("127.0.0.1", 0))
@@ -165,6 +165,13 @@ def test_a_measurement_alone_in_which_a_job_does_not_complete_is_unusable(tmp_pa
         code = run(url, tmp_path, "--alone", "2", "--workload", str(tmp_path / "workload.yaml"))
     assert code == 2
     assert "measurement, a job of class draft: failed (gang_died)" in capsys.readouterr().err
+
+
+def test_an_address_where_nobody_listens_is_named(tmp_path, capsys):
+    assert run("http://127.0.0.1:1", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("loadtest: http://127.0.0.1:1/")
+    assert line.endswith("check --url")
 
 
 def test_a_service_that_nobody_answers_for_is_errors_within_bounds():

@@ -67,11 +67,11 @@ def test_what_is_sent_gives_the_frames_that_are_meant(tmp_path):
     assert given == {
         "reconstruction": [(n, n, 0.0) for n in range(5)],
         "still": [(0, None, 0.0)],
-        "text, 10 steps": [],
-        "text, 50 steps": [],
-        "image, multiplier 0": [(0, None, 0.0)],
+        "text-10": [],
+        "text-50": [],
+        "image-0": [(0, None, 0.0)],
         "image": [(0, None, 0.2)],
-        "start and end": [(0, None, 0.2), (4, None, 0.5)],
+        "start-end": [(0, None, 0.2), (4, None, 0.5)],
         "extension": [(0, -3, 0.0), (1, -2, 0.3), (2, -1, 0.4)],
     }
     assert [sent[n].num_inference_steps for n in range(len(TASKS))] == [1, 1, 10, 50, 10, 10, 10, 10]

@@ -11,7 +11,20 @@ from PIL import Image
 from pusa_dist.__main__ import main
 from pusa_dist.media.clips import iter_frames
 
-ARGUMENTS = ["--size", "64x64", "--num-frames", "9", "--num-inference-steps", "2", "--seed", "5", "--threads", "1"]
+ARGUMENTS = [
+    "--model",
+    "debug",
+    "--size",
+    "64x64",
+    "--num-frames",
+    "9",
+    "--num-inference-steps",
+    "2",
+    "--seed",
+    "5",
+    "--threads",
+    "1",
+]
 
 
 def torchrun(*options):

@@ -26,7 +26,7 @@ FOUND_S = 60.0
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     denoiser = DenoiserConfig(checkpoint_every=K)
-    return ServeConfig(state_dir=str(tmp_path_factory.mktemp("faults")), denoiser=denoiser)
+    return ServeConfig(model="debug", state_dir=str(tmp_path_factory.mktemp("faults")), denoiser=denoiser)
 
 
 @pytest.fixture(scope="module")

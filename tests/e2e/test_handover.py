@@ -27,7 +27,9 @@ REQUEST = {"num_inference_steps": STEPS, "num_frames": 49, "seed": 7}
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return ServeConfig(state_dir=str(tmp_path_factory.mktemp("handover")), denoiser=DenoiserConfig(checkpoint_every=20))
+    return ServeConfig(
+        model="debug", state_dir=str(tmp_path_factory.mktemp("handover")), denoiser=DenoiserConfig(checkpoint_every=20)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,7 @@ def job_of(stores):
 def test_a_node_that_is_told_to_go_hands_over_its_jobs_first(cluster, stores, job_of, tmp_path):
     rest = {role: {"label_selector": {"role": "rest"}} for role in ("gateway", "dispatcher", "text_encoder", "vae")}
     config = ServeConfig(
-        state_dir=str(tmp_path), database_url=stores[0], artifacts_url=stores[1], **rest,
+        model="debug", state_dir=str(tmp_path), database_url=stores[0], artifacts_url=stores[1], **rest,
         denoiser=DenoiserConfig(checkpoint_every=K, num_cpus=1, label_selector={"role": "denoiser"}),
     )  # fmt: skip
     port = free_port()

@@ -70,7 +70,12 @@ class Service:
         rest = {role: {"label_selector": {"role": "rest"}} for role in ("gateway", "dispatcher", "text_encoder", "vae")}
         gangs = DenoiserConfig(num_replicas=2, checkpoint_every=K, num_cpus=1, label_selector={"role": "denoiser"})
         config = ServeConfig(
-            state_dir=str(folder / "state"), database_url=database_url, artifacts_url=bucket, denoiser=gangs, **rest
+            model="debug",
+            state_dir=str(folder / "state"),
+            database_url=database_url,
+            artifacts_url=bucket,
+            denoiser=gangs,
+            **rest,
         )
         ray_serve.start(
             proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": PORT}, logging_config=QUIET

@@ -77,7 +77,7 @@ def several_nodes(tmp_path_factory, bucket, database_url):
 def client(several_nodes, bucket, database_url):
     roles = {role: {"label_selector": {"role": role}} for role in ROLES}
     config = ServeConfig(
-        state_dir=str(several_nodes / "state"), database_url=database_url, artifacts_url=bucket, **roles
+        model="debug", state_dir=str(several_nodes / "state"), database_url=database_url, artifacts_url=bucket, **roles
     )
     port = free_port()
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port}, logging_config=QUIET)
@@ -97,7 +97,7 @@ def client(several_nodes, bucket, database_url):
 )
 def test_stores_that_only_one_node_sees_are_a_start_up_error(several_nodes, settings, what):
     with pytest.raises(ConfigError, match=what):
-        build_app(ServeConfig(state_dir=str(several_nodes / "state"), **settings))
+        build_app(ServeConfig(model="debug", state_dir=str(several_nodes / "state"), **settings))
 
 
 def test_a_job_crosses_five_nodes_and_only_two_roles_open_the_database(client, several_nodes):

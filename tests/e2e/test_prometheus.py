@@ -62,7 +62,7 @@ def has_data(client, query):
 
 
 def test_every_panel_has_data_or_says_why_not_and_no_alert_is_raised(tmp_path):
-    config = ServeConfig(state_dir=str(tmp_path / "state"), denoiser=DenoiserConfig(checkpoint_every=2))
+    config = ServeConfig(model="debug", state_dir=str(tmp_path / "state"), denoiser=DenoiserConfig(checkpoint_every=2))
     empty = {
         (panel.title, legend): query
         for dashboard in DASHBOARDS

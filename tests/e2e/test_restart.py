@@ -100,14 +100,14 @@ def test_a_restart_loses_nothing_and_leaves_no_process(tmp_path, monkeypatch):
         (["--host", "0.0.0.0"], "http host 0.0.0.0 is reachable from the network, but no keys are asked for"),
         (["--state", "list.yaml"], "state_dir=list.yaml cannot be made"),
         (["--config", "no-such-file.yaml"], "configuration no-such-file.yaml cannot be read"),
-        (["--config", "misspelt.yaml"], "denoiser.ulyses_degree: Extra inputs are not permitted"),
+        (["--config", "misspelt.yaml"], "denoiser.ulyses_degree is unknown; did you mean 'ulysses_degree'?"),
         (["--config", "degree.yaml"], "ulysses_degree=3 does not divide num_attention_heads=4; use one of 1, 2, 4"),
         (["--config", "list.yaml"], "expected a mapping of settings, got list"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_one_line_and_exit_code_2(tmp_path, arguments, says):
     (tmp_path / "misspelt.yaml").write_text("denoiser: {ulyses_degree: 2}\n")
-    (tmp_path / "degree.yaml").write_text("denoiser: {ulysses_degree: 3}\n")
+    (tmp_path / "degree.yaml").write_text("model: debug\ndenoiser: {ulysses_degree: 3}\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with start(*arguments, cwd=tmp_path) as process:
         output = process.stdout.read()

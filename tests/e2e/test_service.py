@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(folder):
     denoiser = DenoiserConfig(step_deadline_floor_s=FLOOR_S, first_step_allowance_s=6.0, ping_timeout_s=3.0)
-    config = ServeConfig(state_dir=str(folder), denoiser=denoiser)
+    config = ServeConfig(model="debug", state_dir=str(folder), denoiser=denoiser)
     options = WorkerOptions(threads=1)
     sleepy = functools.partial(
         gang_workers.SleepyWorker, config.load_model(), denoiser.parallel, options, memory=str(folder / "slept")

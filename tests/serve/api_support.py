@@ -119,7 +119,7 @@ def complete(store: JobStore, artifacts: ArtifactStore, job: Job, video: bytes) 
 @contextmanager
 def open_service(folder: Path, **settings: Any) -> Iterator[Service]:
     config = ServeConfig(
-        state_dir=str(folder), uploads=UploadLimits(max_body_bytes=2_000_000, max_inputs=4), **settings
+        model="debug", state_dir=str(folder), uploads=UploadLimits(max_body_bytes=2_000_000, max_inputs=4), **settings
     )
     ready = {"Gateway": True, "Denoiser": True}
 

@@ -184,7 +184,7 @@ def test_exactly_one_job_for_every_order_however_often_connections_break(
     statuses: Counter[int] = Counter()
     count_answers(monkeypatch, statuses)
     breaks: Counter[str] = Counter()
-    with running_server(ServeConfig(state_dir=str(tmp_path))) as (url, gateway):
+    with running_server(ServeConfig(model="debug", state_dir=str(tmp_path))) as (url, gateway):
         ids = asyncio.run(storm(url, num_clients, num_each, breaks))
         num_jobs = gateway._store.counts()
         jobs = [gateway.get("local", one) for one in ids]

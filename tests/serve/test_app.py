@@ -15,8 +15,8 @@ from cluster.ray_scaling import Application, Denoiser
 from pusa_dist.errors import ConfigError
 from serve import app as app_module
 from serve.__main__ import main
-from serve.app import ROLES, DispatcherReplica, application, build_app, require_loopback
-from serve.config import DenoiserConfig, ServeConfig
+from serve.app import ROLES, DispatcherReplica, application, build_app
+from serve.config import DenoiserConfig, ServeConfig, require_loopback
 
 SHIPPED = sorted((Path(next(iter(configs.__path__))) / "serve").glob("*.yaml"))
 CONFIGS = [path for path in SHIPPED if path.stem != "kustomization"]
@@ -74,7 +74,9 @@ def test_a_relative_state_folder_is_the_builders(monkeypatch, tmp_path):
 
 def test_neighbouring_ranks_of_a_spread_gang_share_a_node():
     denoiser = {"num_gpus": 1, "num_cpus": 2, "cfg_degree": 2, "ulysses_degree": 4, "spread": True, "ranks_per_node": 4}
-    config = ServeConfig.model_validate({"denoiser": denoiser | {"label_selector": {"role": "denoiser"}}})
+    config = ServeConfig.model_validate(
+        {"model": "debug", "denoiser": denoiser | {"label_selector": {"role": "denoiser"}}}
+    )
     found = deployments(build_app(config))["Denoiser"]._replica_config
     assert found.placement_group_bundles == [{"CPU": 8.0, "GPU": 4.0}] * 2
     assert found.placement_group_bundle_label_selector == [{"role": "denoiser"}] * 2
@@ -97,6 +99,7 @@ def test_ranks_that_do_not_fill_their_nodes_are_refused(wrong):
 def test_roles_are_placed_by_resources_and_labels():
     config = ServeConfig.model_validate(
         {
+            "model": "debug",
             "vae": {"label_selector": {"role": "vae"}, "num_gpus": 1, "max_replicas": 3},
             "text_encoder": {"resources": {"text": 0.5}},
             "denoiser": {

@@ -157,13 +157,13 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
         form(image(png()), pusa=placed(0, noise_multiplier=1.5)),
         "out_of_range",
         "pusa.conditioning[0].noise_multiplier",
-        "use 0.0 to 1.0",
+        "use 0 to 1",
     ),
     "multiplier below 0": (
         form(image(png()), pusa=placed(0, noise_multiplier=-0.1)),
         "out_of_range",
         "pusa.conditioning[0].noise_multiplier",
-        "use 0.0 to 1.0",
+        "use 0 to 1",
     ),
     "more positions than inputs": (
         form(image(png()), pusa=placed(0, 1)),

@@ -1,12 +1,22 @@
 """The command line: what an operator sees and what it leaves in the store."""
 
+import argparse
 import socket
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
-from serve.__main__ import main
+import configs
+from pusa_dist.errors import ConfigError
+from pusa_dist.parallel.mesh import free_port
+from serve.__main__ import COMMANDS, _parser, main
+from serve.commands.options import read_file
+from serve.commands.preflight import check_memory, check_resources
+from serve.commands.run import Address
+from serve.config import DenoiserConfig, ServeConfig
 from serve.policy.quota import Quota
 from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import JobStore
@@ -57,12 +67,16 @@ def test_a_key_is_made_shown_once_listed_and_revoked(store: JobStore, command: C
 
 
 def test_weights_and_limits_are_set_one_by_one_and_taken_off(store: JobStore, command: Command) -> None:
-    assert command("tenants", "set", "red", "--weight", "2", "--max-queued", "5", "--cost-per-day", "0.5")[0] == 0
+    assert (
+        command("tenants", "set", "red", "--weight", "2", "--max-queued", "5", "--gang-seconds-per-day", "0.5")[0] == 0
+    )
     assert command("tenants", "set", "red", "--max-queued", "none", "--max-running", "1")[0] == 0
     tenant = store.tenant("red")
     assert tenant is not None
     assert (tenant.weight, tenant.quota) == (2.0, Quota(cost_per_day=0.5, max_running=1))
     _, out, _ = command("tenants", "list")
+    heads = ["requests_per_minute", "max_queued", "max_running", "gang_seconds_per_day", "max_video_tokens"]
+    assert out.splitlines()[0].split() == ["tenant", "weight", *heads, "virtual_time"]
     assert out.splitlines()[1].split() == ["red", "2", "-", "-", "1", "0.5", "-", "0.0"]
     secret = command("tenants", "webhook-secret", "red")[1].strip()
     assert secret == tenant.webhook_secret
@@ -76,7 +90,7 @@ def test_weights_and_limits_are_set_one_by_one_and_taken_off(store: JobStore, co
     [
         ["tenants", "set", "red", "--max-queued", "-1"],
         ["tenants", "set", "red", "--max-queued", "1.5"],
-        ["tenants", "set", "red", "--cost-per-day", "nan"],
+        ["tenants", "set", "red", "--gang-seconds-per-day", "nan"],
         ["tenants", "set", "red", "--weight", "many"],
         ["tenants"],
         ["keys", "make"],
@@ -244,20 +258,21 @@ def test_the_service_does_not_start_on_a_database_it_cannot_use(
 def test_the_service_is_what_runs_without_a_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served: list[tuple[str, str, str, int]] = []
+    served: list[tuple[ServeConfig, Address]] = []
 
-    def serve(config: object, host: str, port: int) -> int:
-        served.append((config.model, config.state_dir, host, port))  # type: ignore[attr-defined]
+    def serve(config: ServeConfig, address: Address) -> int:
+        served.append((config, address))
         return 0
 
     monkeypatch.setattr("serve.commands.run._serve", serve)
+    monkeypatch.setattr("serve.commands.run.check_before_ray", lambda *_: None)
     assert main([]) == 0
-    assert main(["--model", "debug-two-expert", "--port", "9000", "--state", str(tmp_path)]) == 0
-    assert main(["run", "--host", "::1"]) == 0
-    assert served == [
-        ("debug", "state", "127.0.0.1", 8000),
-        ("debug-two-expert", str(tmp_path), "127.0.0.1", 9000),
-        ("debug", "state", "::1", 8000),
+    assert main(["--model", "debug-two-expert", "--port", "9000", "--state", str(tmp_path), "--require-keys"]) == 0
+    assert main(["run", "--host", "::1", "--metrics-port", "9100"]) == 0
+    assert [(one.model, one.state_dir, one.require_keys, address) for one, address in served] == [
+        ("tiny", "state", False, Address("127.0.0.1", 8000, None)),
+        ("debug-two-expert", str(tmp_path), True, Address("127.0.0.1", 9000, None)),
+        ("tiny", "state", False, Address("::1", 8000, 9100)),
     ]
     assert main(["--model", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
@@ -265,4 +280,152 @@ def test_the_service_is_what_runs_without_a_command(
         main(["--help"])
     assert asked.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("keys", "tenants", "audit", "backup", "restore"))
+    assert out.startswith("usage: python -m serve ")
+    for name, (_, meaning) in COMMANDS.items():
+        assert f"\n  {name:9}{meaning}\n" in out
+
+
+def test_a_command_that_is_not_one_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, remedy in (("tenant", "did you mean 'tenants'?"), ("foo", f"use {', '.join(COMMANDS)}")):
+        with pytest.raises(SystemExit):
+            main([given, "list"])
+        assert f"unknown command {given!r}; {remedy}" in capsys.readouterr().err
+
+
+def test_every_command_and_argument_is_described() -> None:
+    waiting = [_parser(["--help"]), _parser(["keys"])]
+    while waiting:
+        parser = waiting.pop()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                assert len(action._choices_actions) == len(action.choices), parser.prog
+                waiting += action.choices.values()
+            else:
+                assert action.help, (parser.prog, action.dest)
+
+
+SERVE_FILE = """
+http_options: {host: "::1", port: 9001}
+applications:
+  - import_path: serve.app:build_app
+    autoscaling_policy: {policy_function: cluster.ray_scaling:Application}
+    args: {model: debug}
+"""
+
+
+def test_where_to_listen_is_as_the_file_says_unless_the_command_line_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    addresses: list[Address] = []
+    monkeypatch.setattr("serve.commands.run._serve", lambda _, address: addresses.append(address) or 0)
+    monkeypatch.setattr("serve.commands.run.check_before_ray", lambda *_: None)
+    path = tmp_path / "serve.yaml"
+    path.write_text(SERVE_FILE)
+    assert main(["--config", str(path)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"serve: the autoscaling_policy of {path} is not used by 'python -m serve'")
+    assert f"serve run {path}" in line
+    assert main(["--config", str(path), "--host", "127.0.0.1", "--port", "9002"]) == 0
+    assert addresses == [Address("::1", 9001, None), Address("127.0.0.1", 9002, None)]
+    path.write_text(SERVE_FILE.replace("9001", "many"))
+    assert main(["--config", str(path)]) == 2
+    assert "http_options: give host as a text and port as a number" in capsys.readouterr().err
+
+
+def test_all_faults_of_a_configuration_are_listed_without_their_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "vae: {num_gpu: 1, num_replicas: 2, max_replicas: 1}\ntext_encoder: secret\ndatabase_urls: secret\n"
+        "denoiser: {cfg_degree: 3}\njob_deadline_s: secret\n"
+    )
+    assert main(["--config", str(path)]) == 2
+    first, *faults = capsys.readouterr().err.splitlines()
+    assert first == "serve: 5 settings cannot work:"
+    assert sorted(faults) == [
+        "  database_urls is unknown; did you mean 'database_url'?",
+        "  denoiser: cfg_degree=3: guidance has two branches; use 1 or 2",
+        "  job_deadline_s: Input should be a valid number, unable to parse string as a number",
+        "  text_encoder: expected a mapping of settings",
+        "  vae.num_gpu is unknown; did you mean 'num_gpus'?",
+    ]
+    path.write_text("vae: {num_replicas: 2, max_replicas: 1}\n")
+    assert main(["--config", str(path)]) == 2
+    assert capsys.readouterr().err == "serve: vae: max_replicas=1 is below num_replicas=2\n"
+
+
+def test_the_settings_that_are_printed_are_the_defaults_and_each_is_described(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config"]) == 0
+    out = capsys.readouterr().out
+    assert ServeConfig.model_validate(yaml.safe_load(out)) == ServeConfig()
+    assert "# Ranks that share the attention heads; it must divide their number. (int, at least 1)" in out
+    for former, line in pairwise(out.splitlines()):
+        assert line.lstrip().startswith("#") or former.lstrip().startswith("# "), line
+
+
+def test_a_model_that_this_machine_cannot_hold_on_its_cpu_is_refused() -> None:
+    config = ServeConfig(model="pusa-v1-14b")
+    with pytest.raises(ConfigError, match=r"2 ranks take 211 GiB, and this machine has 64 GiB; .*single-node\.yaml"):
+        check_memory(config, config.load_model(), 64 * 2**30)
+    check_memory(config, config.load_model(), 1000 * 2**30)
+    with_gpus = config.model_copy(update={"denoiser": DenoiserConfig(num_gpus=1)})
+    check_memory(with_gpus, config.load_model(), 64 * 2**30)
+
+
+def test_more_than_the_machine_has_is_refused_and_not_waited_for() -> None:
+    check_resources(ServeConfig(), {"CPU": 2.0})
+    path = Path(next(iter(configs.__path__))) / "serve" / "single-node.yaml"
+    config = ServeConfig.model_validate(read_file(str(path)).settings)
+    check_resources(config, {"CPU": 64.0, "GPU": 8.0})
+    with pytest.raises(ConfigError, match=r"asks for 8 GPUs \(text_encoder 1, vae 2, denoiser 5\) and .* has 0;"):
+        check_resources(config, {"CPU": 64.0})
+    with pytest.raises(ConfigError, match=r"asks for 23 CPUs .* and this machine has 8;"):
+        check_resources(config, {"CPU": 8.0, "GPU": 8.0})
+    with pytest.raises(ConfigError, match=r"asks for 1 fast \(vae 1\) and this machine has 0;"):
+        check_resources(ServeConfig.model_validate({"vae": {"resources": {"fast": 1}}}), {"CPU": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--state", "/proc"], "state_dir=/proc cannot be written: "),
+        (["--host", "0.0.0.0"], "set require_keys: true (--require-keys) and make keys with"),
+        (
+            ["--config", "small.yaml", "--weights", "nowhere"],
+            "no file under nowhere matches weights.transformer.main: ",
+        ),
+        (["--port", "BUSY"], "choose another address with --host or --port"),
+        (["--metrics-port", "BUSY"], "choose another address with --metrics-port"),
+    ],
+)
+def test_what_cannot_work_is_said_before_ray_starts(
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("serve.commands.run._serve", lambda *_: pytest.fail("it started"))
+    (tmp_path / "small.yaml").write_text("model: tiny\n")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        busy = str(listener.getsockname()[1])
+        given = [busy if argument == "BUSY" else argument for argument in arguments]
+        assert main([*given, *([] if "--port" in given else ["--port", str(free_port())])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_service_file_that_is_not_found_is_said_with_what_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PGSERVICEFILE", "PGSYSCONFDIR"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    config = tmp_path / "config.yaml"
+    config.write_text("database_url: postgresql+psycopg:///?service=pusa\n")
+    assert main(["keys", "list", "--config", str(config)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "PGSERVICEFILE must name a file with that section" in line

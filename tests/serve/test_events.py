@@ -228,7 +228,7 @@ def test_anothers_and_unknown_videos_have_no_events(service: Service) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Any]]:
-    config = ServeConfig(state_dir=str(tmp_path), max_event_streams=5)
+    config = ServeConfig(model="debug", state_dir=str(tmp_path), max_event_streams=5)
     with running_server(config) as (url, gateway):
         yield url, gateway
 

@@ -46,6 +46,7 @@ def running_server(config: ServeConfig) -> Iterator[tuple[str, Gateway]]:
 @pytest.fixture
 def config(tmp_path: Path) -> ServeConfig:
     return ServeConfig(
+        model="debug",
         state_dir=str(tmp_path / "state"),
         require_keys=True,
         poll_after_ms=50,

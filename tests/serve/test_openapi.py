@@ -157,12 +157,22 @@ def test_the_examples_of_bodies_are_accepted(service: Service, key: dict[str, st
         assert (answer.status_code, answer.json()["error"] and answer.json()["error"]["code"]) == expected, answer.text
 
 
-def test_every_field_of_a_body_is_described(service: Service) -> None:
+def test_every_field_and_parameter_is_described(service: Service) -> None:
     app: Any = service.client.app
-    schemas = app.openapi()["components"]["schemas"]
-    for name in ("CreateVideo", "ExtendVideo", "CreateVideoForm", "ExtendVideoForm", "PusaBody", "ConditioningBody"):
-        for field, schema in schemas[name]["properties"].items():
-            assert schema.get("description"), (name, field)
+    document = app.openapi()
+    for name, schema in document["components"]["schemas"].items():
+        for field, described in schema["properties"].items():
+            assert described.get("description"), (name, field)
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            for parameter in operation.get("parameters", ()):
+                assert parameter.get("description"), (method, path, parameter["name"])
+
+
+def test_operations_are_tagged_by_what_they_are_about(service: Service) -> None:
+    app: Any = service.client.app
+    found = [operation["tags"] for one in app.openapi()["paths"].values() for operation in one.values()]
+    assert {tag for tags in found for tag in tags} == {"videos", "usage", "models", "health"}
 
 
 def test_every_code_in_the_source_is_in_the_document() -> None:

@@ -6,13 +6,27 @@ import logging
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pusa_dist.__main__ import main
 from pusa_dist.media.clips import iter_frames
 from pusa_dist.media.mp4 import Mp4Writer
 
-SMALL = ["--size", "64x64", "--num-frames", "9", "--num-inference-steps", "2", "--seed", "5", "--prompt", "a kite"]
+SMALL = [
+    "--model",
+    "debug",
+    "--size",
+    "64x64",
+    "--num-frames",
+    "9",
+    "--num-inference-steps",
+    "2",
+    "--seed",
+    "5",
+    "--prompt",
+    "a kite",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +147,16 @@ def test_a_mistake_is_one_line_and_exit_status_2(generate, options, told):
     (line,) = [line for line in printed.splitlines() if "denoise" not in line]
     assert line.startswith("error: ")
     assert told in line
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    clips = ["--data", str(tmp_path), "--out", str(tmp_path / "cache")]
+    for command in (["generate", *SMALL], ["train", "base"], ["train", "cache", "--model", "debug", *clips]):
+        assert main([*command, "--device", "cuda"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: device=cuda")
+        assert line.endswith("this process sees no CUDA device; use cpu")
 
 
 def test_a_configuration_that_cannot_be_read_is_named(generate, tmp_path, debug_yaml):

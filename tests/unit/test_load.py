@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pusa_dist.checkpoint.keys import diffusers_name, with_diffusers_names
-from pusa_dist.checkpoint.load import files_of, load_exactly, read_tensors
+from pusa_dist.checkpoint.load import load_exactly, read_tensors
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import ModelConfig, WeightsConfig, load_model_config
 from pusa_dist.errors import CheckpointError, ConfigError
 from pusa_dist.parity.cases import transformer_config
+from pusa_dist.weights import check_files, files_of
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 WEIGHTS = GOLDENS / "public_dit_main.safetensors"
@@ -94,8 +95,23 @@ def test_files_that_are_not_named_or_not_there_are_a_configuration_error(tmp_pat
         files_of(model, "weights.vae", None)
     with pytest.raises(ConfigError, match=r"debug: weights\.vae names no file under a weights\.root"):
         files_of(load_model_config("debug"), "weights.vae", "vae.pth")
-    with pytest.raises(ConfigError, match=r"no weights match 'model-\*\.pth' under '.*'"):
+    with pytest.raises(ConfigError, match=r"no file under .* matches weights\.vae: model-\*\.pth; .* --weights"):
         files_of(model, "weights.vae", "model-*.pth")
+
+
+def test_every_part_without_a_file_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    for name in ("debug", "tiny"):
+        check_files(load_model_config(name))
+    model = load_model_config("pusa-v1-wan2.2-a14b", str(tmp_path))
+    vae = tmp_path / "Wan2.2-T2V-A14B" / "Wan2.1_VAE.pth"
+    vae.parent.mkdir()
+    vae.touch()
+    with pytest.raises(ConfigError) as refusal:
+        check_files(model)
+    parts = ("weights.transformer.high", "weights.transformer.low", "weights.text_encoder", "weights.tokenizer")
+    assert all(f"{part}: " in str(refusal.value) for part in (*parts, "lora.files.high", "lora.files.low"))
+    assert "vae" not in str(refusal.value).lower()
+    assert f"no file under {tmp_path} matches" in str(refusal.value)
 
 
 @pytest.mark.parametrize("wrapper", [None, "model_state", "state_dict"])

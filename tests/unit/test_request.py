@@ -131,6 +131,22 @@ def test_what_cannot_be_honoured_is_refused_by_name(params, inputs, param, code)
     assert str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "bounds"),
+    [
+        ("seconds", 0.0, "0.04167 to 6.708"),
+        ("seconds", 7.0, "0.04167 to 6.708"),
+        ("lora_alpha", 9.0, "0.1 to 5"),
+        ("guidance_scale", 0.5, "1 to 30"),
+    ],
+)
+def test_the_bounds_that_a_refusal_names_are_short_and_accepted(name, wrong, bounds):
+    with pytest.raises(RequestError, match=f"use {bounds}$"):
+        resolve(fps=24, **{name: wrong})
+    for bound in bounds.split(" to "):
+        assert resolve(fps=24, **{name: float(bound)})
+
+
 def test_a_model_without_a_lora_refuses_a_strength():
     from dataclasses import replace
 

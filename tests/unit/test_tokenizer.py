@@ -59,7 +59,7 @@ def test_a_tokenizer_that_is_missing_or_broken_is_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match=r"broken\.json cannot be read"):
         load_tokenizer(with_tokenizer("broken.json", str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"absent\.json does not exist"):
+    with pytest.raises(ConfigError, match=r"matches weights\.tokenizer: absent\.json"):
         load_tokenizer(with_tokenizer("absent.json", str(tmp_path)))
     with pytest.raises(ConfigError, match="names no file"):
         load_tokenizer(with_tokenizer(None, str(tmp_path)))

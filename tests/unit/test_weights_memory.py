@@ -10,7 +10,7 @@ from pusa_dist import experts, load_model_config
 from pusa_dist.checkpoint.lora import PUSA_RANK, build_lora, lora_rank
 from pusa_dist.checkpoint.memory import GIB, check_device_memory, weights_memory
 from pusa_dist.checkpoint.transformer import build_transformer
-from pusa_dist.config import LoraConfig, WeightsConfig
+from pusa_dist.config import LoraConfig, WeightsConfig, model_names
 from pusa_dist.errors import ConfigError
 from pusa_dist.experts import Experts
 
@@ -26,6 +26,13 @@ def test_what_the_published_models_take():
     assert (one.device, one.host) == (one.base + one.lora + one.pristine, 0)
     assert round(one.device / GIB, 1) == 57.4
     assert weights_memory(ONE, "fp32").device == 2 * one.device
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_weights_are_counted_without_making_a_transformer(name):
+    model = load_model_config(name)
+    made = weights_memory(model, "fp32")
+    assert 4 * model.num_weights == made.experts * (made.base + made.pristine)
 
 
 def test_two_experts_fit_80_gb_with_their_pristine_weights_on_the_host():
