@@ -182,7 +182,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="a shipped model's name, or a path to a YAML file")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of the videos, and of what they were made from (given/)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs"),
+        help="folder of the videos, and of what they were made from (given/)",
+    )
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     world = scene(SCENE_SEED, "held-out")
