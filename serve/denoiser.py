@@ -223,9 +223,11 @@ class Denoiser:
     async def _run(self) -> None:
         try:
             while self._gang.error is None:
+                self._changed.clear()  # before anything is looked at: what changes meanwhile is looked at again
                 await self._drop_from_ranks()
                 await self._admit_waiting()
-                await self._step()
+                if not await self._step():
+                    await self._changed.wait()
         except GangError:
             pass  # the gang has logged and kept the reason
         except Exception as error:  # our own fault; nobody may wait for a loop that has ended
@@ -271,13 +273,11 @@ class Denoiser:
             return held
         return await self._gang.restore(resident.name, source.key, patience_s)
 
-    async def _step(self) -> None:
+    async def _step(self) -> bool:
+        """Let those whose turn it is make a step; False: it is nobody's."""
         stepping = self._choose()
         if not stepping:
-            self._changed.clear()
-            if not self._to_drop:
-                await self._changed.wait()
-            return
+            return False
         for resident in stepping:
             resident.is_busy = True
         try:
@@ -285,6 +285,7 @@ class Denoiser:
         finally:
             for resident in stepping:
                 resident.is_busy = False
+        return True
 
     async def _advance(self, stepping: list[Resident]) -> None:
         try:
@@ -310,7 +311,9 @@ class Denoiser:
         self._running = names[0]
         for resident in stepping:
             self._now(resident, held[resident.name])
-            self._tell_progress(resident, seconds, shape.num_tokens, len(stepping))
+            self._tell_progress(
+                resident, seconds, shape.num_tokens, len(stepping), is_guest=resident is not stepping[0]
+            )
             if resident.wants_preview():
                 resident.previewing = asyncio.ensure_future(self._preview(resident))
             await self._finish_if_done(resident)
@@ -336,13 +339,16 @@ class Denoiser:
     def _now(self, resident: Resident, held: Held) -> None:
         resident.step, resident.signature = held.step, held.signature
 
-    def _tell_progress(self, resident: Resident, seconds: float, num_tokens: int = 0, num_sharing: int = 1) -> None:
+    def _tell_progress(
+        self, resident: Resident, seconds: float, num_tokens: int = 0, num_sharing: int = 1, *, is_guest: bool = False
+    ) -> None:
         progress = Progress(
             step=resident.step,
             num_steps=resident.num_steps,
             seconds=seconds,
             num_tokens=num_tokens,
             num_sharing=num_sharing,
+            is_guest=is_guest,
         )
         resident.messages.put_nowait(progress)
 

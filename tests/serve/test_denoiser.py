@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pusa_dist.errors import NumericsError
+from pusa_dist.errors import CheckpointError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import _LINGER_S, Denoiser
 from serve.gang import Held
@@ -361,6 +361,46 @@ def test_jobs_of_one_signature_share_forwards_up_to_the_limit(rank, limit, num_s
     messages = asyncio.run(scenario())
     steps = [message for message in messages if isinstance(message, Progress) and message.seconds]
     assert {message.num_sharing for message in steps} == {num_sharing}
+
+
+def test_of_jobs_that_share_forwards_one_leads(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG.model_copy(update={"shared_forward_max_tokens": 100}), rank)
+        first = denoise(denoiser, "first", steps=6)
+        await until_step(first, 1)
+        return await asyncio.gather(collect(first), collect(denoise(denoiser, "second", steps=6)))
+
+    first, second = (
+        [message.is_guest for message in messages if isinstance(message, Progress) and message.num_sharing == 2]
+        for messages in asyncio.run(scenario())
+    )
+    assert first
+    assert (set(first), set(second)) == ({False}, {True})
+
+
+def test_a_job_that_comes_while_another_is_refused_begins_at_once(rank, monkeypatch):
+    admitting, go_on = asyncio.Event(), asyncio.Event()
+
+    async def refuse(name, key, deadline_s):
+        admitting.set()
+        await go_on.wait()
+        raise CheckpointError("of another revision")
+
+    monkeypatch.setattr(rank, "restore", refuse)
+
+    async def scenario():
+        denoiser = Denoiser(CONFIG, rank)
+        first = asyncio.create_task(collect(denoise(denoiser, "first", source=Checkpoint(key="x", step=1))))
+        await admitting.wait()
+        second = asyncio.create_task(collect(denoise(denoiser, "second")))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        with pytest.raises(CheckpointError):
+            await first
+        async with asyncio.timeout(5.0):  # nobody renews anything, which would wake the gang
+            return await second
+
+    assert isinstance(asyncio.run(scenario())[-1], Finished)
 
 
 def test_a_job_whose_latents_are_not_finite_does_not_take_along_those_that_share_its_forward(rank):
