@@ -100,7 +100,7 @@ def test_what_is_restored_equals_what_was_backed_up(
         for key in keys_of(job_of(store, job)):
             assert new_artifacts.read(key) == artifacts.read(key)
     # It is a working store: what ran goes on from its checkpoint, and what is written has numbers of its own.
-    assert restored.requeue_expired(clock.now + LEASE_S + 1) == [jobs[1].id]
+    assert restored.requeue_expired(clock.now + LEASE_S + 1) == {jobs[1].id: "queued"}
     again = restored.claim(jobs[1].id, "me", LEASE_S)
     assert again is not None
     assert (again.attempt, again.checkpoint_step) == (2, 2)
