@@ -174,6 +174,7 @@ class Attempts(Database):
             step=reached,
             num_steps=num_steps,
             steps_run=jobs.c.steps_run + reached - jobs.c.step,
+            furthest_step=_at_least(jobs.c.furthest_step, step),
         )
 
     def checkpoint(self, job_id: str, attempt: int, key: str, step: int) -> bool:
@@ -206,6 +207,7 @@ class Attempts(Database):
             seconds=dict(seconds),
             step=jobs.c.num_steps,
             steps_run=jobs.c.steps_run + jobs.c.num_steps - jobs.c.step,
+            furthest_step=jobs.c.num_steps,
         )
 
     def fail(self, job_id: str, attempt: int, code: str, message: str) -> bool:

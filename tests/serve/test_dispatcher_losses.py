@@ -240,6 +240,24 @@ def test_a_job_whose_dispatchers_keep_dying_is_failed_in_the_end(world):
     assert world.job("j").error_code == "replica_lost"
 
 
+def test_every_step_is_charged_once_however_often_others_are_made_again(world):
+    add_long(world, "j", steps=10)
+    for attempt in (1, 2):  # neither came to a checkpoint
+        assert world.store.claim("j", "a former one", lease_s=60)
+        assert world.store.progress("j", attempt, "denoise", 4, 10)
+        assert world.store.requeue("j", attempt, gang_died=False)
+
+    async def scenario():
+        world.gang.step_s = 0.05
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert world.metrics.num_repeated == 4
+    (day,) = world.store.usage("local", "2000-01-01")
+    assert day.cost == pytest.approx(6 * 0.05, rel=0.2)
+
+
 @pytest.mark.parametrize("how", ["lost", "closing"])
 def test_a_job_whose_owner_cancels_it_as_its_attempt_is_given_up_leaves_no_files(world, monkeypatch, how):
     add_long(world, "j", preview_every=1)

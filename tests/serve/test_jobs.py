@@ -163,6 +163,7 @@ def test_progress_and_completion_of_the_current_attempt_are_kept(store: JobStore
         stage=None,
         step=4,
         steps_run=4,
+        furthest_step=4,
         completed_at=1_050.0,
         results=results,
         seconds={"denoise": 1.5},
@@ -244,6 +245,18 @@ def test_reports_that_come_in_the_wrong_order_count_no_step_twice(store: JobStor
         assert store.progress(job.id, 1, "denoise", step, 8)
         assert job_of(store, job).step == max(step, 6 if step == 5 else 0)
     assert job_of(store, job).steps_run == 7
+
+
+def test_how_far_any_attempt_came_is_kept_however_often_steps_are_made_again(store: JobStore) -> None:
+    job = claimed(store, num_steps=8)
+    for attempt, step in ((1, 5), (2, 5), (3, 3)):
+        assert store.progress(job.id, attempt, "denoise", step, 8)
+        assert (job_of(store, job).step, job_of(store, job).furthest_step) == (step, 5)
+        assert store.requeue(job.id, attempt, gang_died=False) == "queued"
+        assert store.claim(job.id, "me", LEASE_S)
+    assert job_of(store, job).steps_run == 13
+    assert store.complete(job.id, 4, {}, {})
+    assert job_of(store, job).furthest_step == 8
 
 
 def test_overdue_jobs_are_those_that_still_wait_of_any_model_oldest_first(store: JobStore) -> None:

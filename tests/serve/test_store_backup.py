@@ -246,7 +246,7 @@ def test_a_backup_of_an_older_version_is_upgraded(
     artifacts.put(job.inputs[0].key, b"input")
     back_up(store, artifacts, backup)
     # As version 0001 would have written it: jobs alone, with the columns of then.
-    later = ("cost", "checkpoint_", "steps_run", "webhook_", "preview_", "is_")
+    later = ("cost", "checkpoint_", "steps_run", "furthest_step", "webhook_", "preview_", "is_")
     row = json.loads(backup.read("tables/jobs.jsonl"))
     old = {name: value for name, value in row.items() if not name.startswith(later)}
     backup.put("tables/jobs.jsonl", json.dumps(old).encode())
