@@ -44,7 +44,7 @@ class Attempt:
             self.stage, self.step = "denoise", self.checkpoint.step
         self.preview_key = job.preview_key
         # What ran and is not in the checkpoint was charged in a former attempt.
-        self.paid_steps = max(job.steps_run, self.step)
+        self.paid_steps = max(job.furthest_step, self.step)
 
     def at(self, stage: Stage, step: int) -> None:
         """Note where it is, for the next report."""

@@ -233,7 +233,8 @@ class Denoiser:
                 self._changed.clear()  # first: what changes while the ranks are waited for is looked at next time
                 await self._drop_from_ranks()
                 await self._admit_waiting()
-                await self._step()
+                if not await self._step():
+                    await self._changed.wait()
         except GangError:
             pass  # the gang has logged and kept the reason
         except Exception as error:  # our own fault; nobody may wait for a loop that has ended
@@ -299,11 +300,11 @@ class Denoiser:
         """Seconds that a job may take to come: what it starts from is brought first, maybe from another node."""
         return self._config.step_deadline_floor_s + self._config.first_step_allowance_s
 
-    async def _step(self) -> None:
+    async def _step(self) -> bool:
+        """Let those whose turn it is make a step; False: it is nobody's."""
         stepping = self._choose()
         if not stepping:
-            await self._changed.wait()
-            return
+            return False
         for resident in stepping:
             resident.is_busy = True
         try:
@@ -311,6 +312,7 @@ class Denoiser:
         finally:
             for resident in stepping:
                 resident.is_busy = False
+        return True
 
     async def _advance(self, stepping: list[Resident]) -> None:
         try:
@@ -338,7 +340,9 @@ class Denoiser:
         self._running = names[0]
         for resident in stepping:
             self._now(resident, held[resident.name])
-            self._tell_progress(resident, seconds, shape.num_tokens, len(stepping))
+            self._tell_progress(
+                resident, seconds, shape.num_tokens, len(stepping), is_guest=resident is not stepping[0]
+            )
             if resident.wants_preview():
                 resident.previewing = asyncio.ensure_future(self._preview(resident))
             await self._finish_if_done(resident)
@@ -364,13 +368,16 @@ class Denoiser:
     def _now(self, resident: Resident, held: Held) -> None:
         resident.step, resident.signature = held.step, held.signature
 
-    def _tell_progress(self, resident: Resident, seconds: float, num_tokens: int = 0, num_sharing: int = 1) -> None:
+    def _tell_progress(
+        self, resident: Resident, seconds: float, num_tokens: int = 0, num_sharing: int = 1, *, is_guest: bool = False
+    ) -> None:
         progress = Progress(
             step=resident.step,
             num_steps=resident.num_steps,
             seconds=seconds,
             num_tokens=num_tokens,
             num_sharing=num_sharing,
+            is_guest=is_guest,
         )
         resident.messages.put_nowait(progress)
 

@@ -27,12 +27,12 @@ from serve.moderation import NO_MODERATION, Moderation
 from serve.patience import patiently
 from serve.policy.admission import Held, Queued, claims
 from serve.policy.cost import Backlog
-from serve.policy.demand import NOTHING, Demand
+from serve.policy.demand import NOTHING, Demand, runnable
 from serve.policy.fairness import Turn, Waiting
 from serve.policy.priority import Priority, is_urgent
 from serve.previews import Previews
 from serve.stages import Checkpoint, GangHandle, Stages
-from serve.store.artifacts import ArtifactStore, StorageError
+from serve.store.artifacts import ArtifactStore, StorageError, unfinished_prefixes
 from serve.store.attempts import UnreadableJobError
 from serve.store.jobs import Artifact, Job, JobStore
 from serve.traces import NO_TRACES, Traces
@@ -87,7 +87,7 @@ class Dispatcher:
         clock: Unix seconds.
 
     Attributes:
-        demand: what gangs are needed for, a second ago: queued jobs, and those in hand before the VAE.
+        demand: what gangs are needed for, a second ago: queued jobs that may run, and those in hand before the VAE.
     """
 
     def __init__(
@@ -133,7 +133,6 @@ class Dispatcher:
         """Queued jobs that another version of the service may have made."""
         self._started_at, self._began = time.time(), time.monotonic()
         self.demand = NOTHING
-        self._max_running: dict[str, int | None] = {}
         self._database = ThreadPoolExecutor(_DB_THREADS, "database")
         self._is_closing = False
         self._looping = asyncio.Lock()
@@ -233,7 +232,11 @@ class Dispatcher:
         await asyncio.gather(*(one.task for one in attempts if one.task is not None), return_exceptions=True)
         for attempt in attempts:
             await self._if_possible(self._write_progress(attempt))
-            await self._if_possible(self._db(self._store.requeue, attempt.job.id, attempt.job.attempt, False))
+            await self._if_possible(self._give_up(attempt))
+
+    async def _give_up(self, attempt: Attempt) -> None:
+        if await self._requeued(attempt, gang_died=False) == "cancelled":
+            await self._ended(attempt, "cancelled")
 
     async def _keep_leases_until_cancelled(self) -> None:
         while True:
@@ -249,17 +252,20 @@ class Dispatcher:
     async def _keep_leases(self) -> None:
         # Only what is in hand: a job whose end could not be written has nobody who drives it.
         await self._db(self._store.renew, self._owner, list(self._attempts), self._lease_s)
-        for job_id in await self._db(self._store.requeue_expired, self._clock()):
-            logger.warning("job %s: the lease of its dispatcher ran out; queued again", job_id)
-            self._metrics.requeued("lease_expired")
+        for job_id, status in (await self._db(self._store.requeue_expired, self._clock())).items():
+            logger.warning("job %s: the lease of its dispatcher ran out; %s", job_id, status)
+            if status == "cancelled":
+                # Not waited for: a bucket that does not answer must cost nobody his lease.
+                asyncio.get_running_loop().run_in_executor(None, self._remove, job_id, *unfinished_prefixes(job_id))
+            else:
+                self._metrics.requeued("lease_expired")
 
     async def _every_second(self) -> None:
         await self._ledger.flush(self._db)
-        tenants = await self._db(self._store.tenants)
-        self._max_running = {one.name: one.quota.max_running for one in tenants}
         # Nothing is claimed meanwhile, so no job is counted twice.
+        room = await self._db(self._store.room)
         backlog = await self._db(self._store.backlog, self._model)
-        self.demand = self._demand([one for one in backlog if one.status == "queued"])
+        self.demand = self._demand(runnable((one for one in backlog if one.status == "queued"), room))
         self._metrics.round(backlog, lambda tenant: self._ledger.standing(tenant).weight)
         self._metrics.gangs(self._gangs.states, self._gangs.num_free)
 
@@ -275,21 +281,24 @@ class Dispatcher:
         held_up = set(decoding) if len(decoding) >= self._max_decoding else set()
         window = self._gangs.num_free + 1
         limit = min(window + 1, _MAX_PER_TENANT)
-        waiting = await self._db(self._store.waiting, self._model, limit)
-        queued = {one.id: one for one in waiting if one.id not in self._unreadable}
+        room = await self._db(self._store.room)
+        waiting = await self._db(self._store.waiting, self._model, limit, list(self._unreadable))
+        queued = {one.id: one for one in waiting}
         if not all(self._ledger.knows(one.tenant) for one in queued.values()):
             await self._ledger.flush(self._db)
         turns = [turn for turn in self._turns(queued.values()) if turn.job_id in queued]
+        # Whoever may claim nothing must not hold the clock back: others would be lifted no further than that.
+        turns = [turn for turn in turns if turn.tenant not in held_up and room.get(turn.tenant, 1) > 0]
         first = {turn.tenant: turn for turn in reversed(turns)}
         self._gangs.note_queue(list(first.values()))
         # An overdue job ends as soon as it is claimed: more urgent ones must not keep it waiting for ever, nor that
         # nobody serves its model.
         overdue = await self._db(self._store.overdue, self._clock() - self._job_deadline_s, _MAX_PER_TENANT)
         chosen = claims(
-            (self._queued(queued[turn.job_id]) for turn in turns if turn.tenant not in held_up),
+            (self._queued(queued[turn.job_id]) for turn in turns),
             (self._held(attempt) for attempt in self._attempts.values()),
             window=window,
-            max_running=self._max_running,
+            room=room,
         )
         for job_id in dict.fromkeys([*overdue, *chosen]):
             # A job given back a moment ago is still ours until its attempt has ended here, too.
@@ -307,7 +316,7 @@ class Dispatcher:
                     attempt.task = asyncio.create_task(self._drive(attempt), name=job_id)
 
     async def _claimed(self, job_id: str, *, is_overdue: bool) -> Job | None:
-        claim = partial(self._store.claim, even_unreadable=is_overdue)
+        claim = partial(self._store.claim, to_fail=is_overdue)
         try:
             return await self._db(claim, job_id, self._owner, self._lease_s)
         except UnreadableJobError as error:
@@ -364,29 +373,30 @@ class Dispatcher:
     async def _drive(self, attempt: Attempt) -> None:
         job = attempt.job
         try:
-            outcome = await self._outcome(attempt)
-            if outcome is not None:
-                self._metrics.ended(outcome, self._clock() - job.created_at, job.priority)
-                logger.info("job %s: %s after attempt %d", job.id, outcome, job.attempt)
-            await asyncio.to_thread(self._clean, attempt, outcome)
+            await self._ended(attempt, await self._outcome(attempt))
         except Exception:  # the store is gone, too: the lease runs out and the job is tried again
             logger.exception("job %s: the end of attempt %d could not be written", job.id, job.attempt)
         finally:
             self._attempts.pop(job.id, None)
 
-    def _clean(self, attempt: Attempt, outcome: str | None) -> None:
-        """Remove what the attempt leaves behind: files of no result, and checkpoints that nobody will need."""
+    async def _ended(self, attempt: Attempt, outcome: str | None) -> None:
+        """Tell how the job has ended, if it has, and remove the files that nobody will need."""
         job = attempt.job
-        if outcome != "completed":
-            self._remove(job, f"jobs/{job.id}/attempts/{job.attempt}")
-        if outcome is not None:
-            self._remove(job, f"jobs/{job.id}/checkpoints")
+        attempts, checkpoints = unfinished_prefixes(job.id)
+        if outcome is None:
+            unneeded = [f"{attempts}/{job.attempt}"]
+        else:
+            self._metrics.ended(outcome, self._clock() - job.created_at, job.priority)
+            logger.info("job %s: %s after attempt %d", job.id, outcome, job.attempt)
+            unneeded = [checkpoints] if outcome == "completed" else [attempts, checkpoints]
+        await asyncio.to_thread(self._remove, job.id, *unneeded)
 
-    def _remove(self, job: Job, prefix: str) -> None:
-        try:
-            self._artifacts.delete(prefix)
-        except StorageError as error:  # the sweeper will, some time after the job has ended
-            logger.warning("job %s: files that nobody needs cannot be removed now: %s", job.id, error)
+    def _remove(self, job_id: str, *prefixes: str) -> None:
+        for prefix in prefixes:
+            try:
+                self._artifacts.delete(prefix)
+            except StorageError as error:  # the sweeper will, some time after the job has ended
+                logger.warning("job %s: files that nobody needs cannot be removed now: %s", job_id, error)
 
     async def _outcome(self, attempt: Attempt) -> str | None:
         """Run the job and write how it ended; None when it has not ended."""
@@ -465,15 +475,17 @@ class Dispatcher:
         attempt.checkpoint = checkpoint
         self._metrics.checkpointed()
         if former is not None and former.key != checkpoint.key:
-            await asyncio.to_thread(self._remove, job, former.key)
+            await asyncio.to_thread(self._remove, job.id, former.key)
         return True
 
     async def _stopped(self, attempt: Attempt) -> str | None:
         if attempt.stop != "cancelled":
             return None
-        # Writes nothing where the row is deleted, or another attempt has it: then nothing is left to write.
-        await self._db(self._store.cancelled, attempt.job.id, attempt.job.attempt)
-        return "cancelled"
+        job = attempt.job
+        if await self._db(self._store.cancelled, job.id, job.attempt):
+            return "cancelled"
+        # Deleted, or another attempt has it, whose files are not this one's to remove.
+        return None if await self._db(self._store.known, [job.id]) else "cancelled"
 
     async def _ended_by(self, attempt: Attempt, error: Exception) -> str | None:
         job = attempt.job
@@ -481,8 +493,7 @@ class Dispatcher:
             case Again(reason, gang_died):
                 if not gang_died:  # a lost gang takes no job while it is replaced, other replicas may
                     await asyncio.sleep(self._replacement_s)
-                await self._again(attempt, reason, error, gang_died=gang_died)
-                return None
+                return await self._again(attempt, reason, error, gang_died=gang_died)
             case Failed(code, message):
                 if not isinstance(error, RequestError):  # whose words, the owner's to read, may quote the prompt
                     logger.warning("job %s: %s in attempt %d: %s", job.id, code, job.attempt, error)
@@ -496,13 +507,18 @@ class Dispatcher:
             job, "internal_error", "the service failed in a way it should not; the operator has the log"
         )
 
-    async def _again(self, attempt: Attempt, reason: str, error: Exception, *, gang_died: bool) -> None:
+    async def _again(self, attempt: Attempt, reason: str, error: Exception, *, gang_died: bool) -> str | None:
         job = attempt.job
         logger.warning("job %s: attempt %d given up, queued again: %s", job.id, job.attempt, error)
         self._metrics.requeued(reason)
         # Were this left to the lease, no lost gang would count against the job, and it would take more with it.
         await patiently(lambda: self._write_progress(attempt))
-        await patiently(lambda: self._db(self._store.requeue, job.id, job.attempt, gang_died))
+        return await patiently(lambda: self._requeued(attempt, gang_died=gang_died))
+
+    async def _requeued(self, attempt: Attempt, *, gang_died: bool) -> str | None:
+        """Give the job back to the queue; "cancelled": its owner had asked for that, and it has ended instead."""
+        status = await self._db(self._store.requeue, attempt.job.id, attempt.job.attempt, gang_died)
+        return status if status == "cancelled" else None
 
     async def _failed(self, job: Job, code: str, message: str) -> str | None:
         """Give the job up, however long that cannot be written: tried again, it would take another gang with it."""

@@ -123,9 +123,9 @@ class Gangs:
             while True:
                 self._changed.set()
                 began = time.perf_counter()
-                await seat.placed.wait()
-                self._metrics.stage("place", time.perf_counter() - began)
-                try:
+                try:  # it may be stopped in the moment in which it was given its place
+                    await seat.placed.wait()
+                    self._metrics.stage("place", time.perf_counter() - began)
                     last = await self._follow(seat)
                 finally:
                     seat.leave()
@@ -266,7 +266,7 @@ class Gangs:
         if message.seconds == 0.0:
             return
         attempt.seconds.setdefault("wait", max(0.0, time.perf_counter() - message.seconds - seat.ready_at))
-        if gang.running != seat.job.id:
+        if gang.running != seat.job.id and not message.is_guest:
             gang.running = seat.job.id
             self._changed.set()
         alone = self._ledger.shape(seat.job)

@@ -133,6 +133,9 @@ class Ledger:
     async def flush(self, run: Callable[..., Awaitable[Any]]) -> None:
         """Write what happened and read what others wrote.
 
+        A charge that was written, but whose answer was lost with the connection, is written again: of one tenant,
+        what a second of steps costs.
+
         Args:
             run: calls a blocking function on a thread: ``await run(function, *arguments)``.
         """
@@ -141,7 +144,7 @@ class Ledger:
         try:
             standings = await run(self._write, events, shapes)
         except BaseException:
-            # What had been written is off the list: nothing is charged twice.
+            # What had been written is off the list, but for one charge whose answer got lost: that is made again.
             self._events = events + self._events
             self._new_shapes |= set(shapes)
             raise

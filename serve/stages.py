@@ -100,6 +100,8 @@ class Progress:
     """Tokens of its forward, over all jobs that shared it."""
     num_sharing: int = 1
     """Jobs that shared it."""
+    is_guest: bool = False
+    """Whether the step was another job's, and this one only came along."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

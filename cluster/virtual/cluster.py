@@ -5,7 +5,7 @@ a change of strength) takes it by the clock of an ``EventLoop``. The text encode
 has no queue, and the VAE only where that is asked for.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -60,7 +60,7 @@ class VirtualCluster:
         *,
         max_resident: int = 2,
         window: int | None = None,
-        max_running: Mapping[str, int | None] | None = None,
+        max_running: Mapping[str, int] | None = None,
         share_tokens: int = 0,
         is_coarse: bool = False,
         checkpoint_every: int = 10,
@@ -211,7 +211,11 @@ class VirtualCluster:
             for name, job in self._claimed.items()
         )
         window = self._window or max(1, len(self._gangs))
-        return [shown[name] for name in claims(queued, held, window=window, max_running=self._max_running)]
+        return [shown[name] for name in claims(queued, held, window=window, room=self._room())]
+
+    def _room(self) -> dict[str, int]:
+        num_running = Counter(job.ask.tenant for job in self._claimed.values()) if self._max_running else Counter()
+        return {tenant: max(0, limit - num_running[tenant]) for tenant, limit in self._max_running.items()}
 
     def _renew_claims(self) -> None:
         """Batch jobs grow old on gangs, too."""

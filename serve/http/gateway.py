@@ -6,7 +6,7 @@ media), so the routes call it from worker threads.
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -24,7 +24,7 @@ from serve.http.uploads import IncomingBody
 from serve.http.views import TenantUsage, usage_view
 from serve.http.watch import Watch
 from serve.policy.quota import Quota
-from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
+from serve.store.artifacts import ArtifactStore, StorageError, job_prefix, unfinished_prefixes
 from serve.store.job import JobProgress
 from serve.store.jobs import Job, JobStore
 from serve.traces import NO_TRACES, Traces
@@ -110,10 +110,7 @@ class Gateway:
         """
         check_id(video_id)
         job = found(self._store.delete(tenant, video_id), video_id)
-        try:
-            self.artifacts.delete(job_prefix(job.id))
-        except StorageError as error:  # the sweeper finds them: no row names them any more
-            logger.warning("job %s is deleted, but its files cannot be removed yet: %s", job.id, error)
+        self._remove(job, [job_prefix(job.id)])
         logger.info("job %s of tenant %s deleted while %s", job.id, job.tenant, job.status)
 
     def cancel(self, tenant: str, video_id: str) -> Job:
@@ -128,7 +125,16 @@ class Gateway:
             raise ServeError(
                 409, "already_finished", f"video {job.id} has already {job.status}; DELETE it to remove it", "video_id"
             )
+        if job.status == "cancelled":  # at once; a running attempt removes its files when it has stopped
+            self._remove(job, unfinished_prefixes(job.id))
         return job
+
+    def _remove(self, job: Job, prefixes: Iterable[str]) -> None:
+        for prefix in prefixes:
+            try:
+                self.artifacts.delete(prefix)
+            except StorageError as error:  # the sweeper will
+                logger.warning("job %s: its files cannot be removed yet: %s", job.id, error)
 
     def events(self, tenant: str, video_id: str, last_event_id: str | None) -> EventStream:
         """The job's events from where the client was.

@@ -8,6 +8,7 @@ tenant's more urgent ones, from being prepared: those may go over the bound, by 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,32 +30,28 @@ class Held:
     """Whether it has not come to a gang yet: it is being prepared, or waits for a place."""
 
 
-def claims(
-    queued: Iterable[Queued], held: Iterable[Held], *, window: int, max_running: Mapping[str, int | None]
-) -> list[str]:
+def claims(queued: Iterable[Queued], held: Iterable[Held], *, window: int, room: Mapping[str, int]) -> list[str]:
     """Ids to claim now, in this order.
 
     Args:
         queued: in the order of ``fairness.in_order``.
         held: jobs in this dispatcher's hands.
         window: jobs ahead of the gangs that are enough to keep them busy.
-        max_running: by tenant, jobs that may be claimed at once (``Quota``); None or absent: any number.
+        room: by tenant, jobs that may begin beside those in progress (``Quota.max_running``); absent: any number.
     """
-    holding = list(held)
-    num_claimed = Counter(one.tenant for one in holding)
-    ahead = [one for one in holding if one.is_ahead]
+    num_chosen = Counter[str]()
+    ahead = [one for one in held if one.is_ahead]
     num_ahead = len(ahead)
     has_any = {one.tenant for one in ahead}
     has_urgent = {one.tenant for one in ahead if one.is_urgent}
     chosen = []
     for job in queued:
-        limit = max_running.get(job.tenant)
-        if limit is not None and num_claimed[job.tenant] >= limit:
+        if num_chosen[job.tenant] >= room.get(job.tenant, inf):
             continue
         if num_ahead >= window and job.tenant in (has_urgent if job.is_urgent else has_any):
             continue
         chosen.append(job.id)
-        num_claimed[job.tenant] += 1
+        num_chosen[job.tenant] += 1
         num_ahead += 1
         has_any.add(job.tenant)
         if job.is_urgent:

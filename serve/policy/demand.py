@@ -1,7 +1,9 @@
 """What the unfinished jobs ask of the gangs, as the dispatcher tells it to whoever decides how many there should be."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+
+from serve.policy.cost import Backlog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +44,22 @@ class Demand:
 
 NOTHING = Demand(started_at=0.0, age_s=0.0, num_jobs=0, backlog_s=0.0, job_s=0.0, asked_s=0.0)
 """Of a dispatcher that has not looked yet; it takes no part in an estimate, as no dispatcher started then."""
+
+
+def runnable(queued: Iterable[Backlog], room: Mapping[str, int]) -> list[Backlog]:
+    """What gangs could be used for of what is queued: a job that its tenant's quota keeps waiting needs none.
+
+    Args:
+        queued: of all tenants.
+        room: see ``admission.claims``; interactive jobs take it first.
+    """
+    left = dict(room)
+    found = []
+    for one in sorted(queued, key=lambda one: one.priority == "batch"):
+        num = min(one.num, left.get(one.tenant, one.num))
+        if one.tenant in left:
+            left[one.tenant] -= num
+        if num:
+            part = num / one.num
+            found.append(replace(one, num=num, cost=one.cost * part, whole=one.whole * part))
+    return found

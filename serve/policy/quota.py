@@ -17,7 +17,7 @@ class Quota:
     max_queued: int | None = None
     """Jobs that wait."""
     max_running: int | None = None
-    """Jobs in progress at once. It refuses nothing: the others wait (see ``admission.claims``)."""
+    """Jobs in progress at once, whoever runs them. It refuses nothing: the others wait (``JobStore.claim``)."""
     cost_per_day: float | None = None
     """Gang-seconds in a UTC day."""
     max_tokens: int | None = None

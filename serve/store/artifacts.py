@@ -56,6 +56,11 @@ def job_prefix(job_id: str) -> str:
     return f"{_JOBS}/{job_id}"
 
 
+def unfinished_prefixes(job_id: str) -> tuple[str, str]:
+    """What attempts at a job write lies under these keys: of no use once it has ended without a result."""
+    return f"{job_prefix(job_id)}/attempts", f"{job_prefix(job_id)}/checkpoints"
+
+
 class ArtifactStore:
     """Files under one fsspec URL; safe to use from several threads and processes.
 

@@ -8,14 +8,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, case, func, literal, select, true, update
+from sqlalchemy import ColumnElement, Connection, ScalarSelect, and_, case, func, literal, select, true, update
 
 from serve.policy.fairness import Waiting
 from serve.policy.priority import Priority
 from serve.store.database import Database
 from serve.store.deliveries import owe_delivery
 from serve.store.job import UNREADABLE, Artifact, Job, Stage, Status, job_from_row
-from serve.store.tables import jobs
+from serve.store.tables import jobs, tenants
+from serve.store.tenants import UnknownTenantError, lock_tenant
 from serve.store.usage import count
 
 
@@ -51,11 +52,17 @@ class Attempts(Database):
             rows = connection.execute(query.order_by(jobs.c.created_at, jobs.c.id)).mappings()
             return [job_from_row(row) for row in rows]
 
-    def waiting(self, model: str, limit_per_tenant: int) -> list[Waiting]:
-        """What the order of the jobs in ``queued`` depends on, without the jobs themselves."""
+    def waiting(self, model: str, limit_per_tenant: int, but_not: Collection[str] = ()) -> list[Waiting]:
+        """What the order of the jobs in ``queued`` depends on, without the jobs themselves.
+
+        Args:
+            model: see ``queued``.
+            limit_per_tenant: see ``queued``.
+            but_not: jobs that are looked past.
+        """
         query = select(
             jobs.c.id, jobs.c.tenant, jobs.c.priority, jobs.c.created_at, jobs.c.cost, jobs.c.checkpoint_step
-        ).where(_oldest(model, limit_per_tenant))
+        ).where(_oldest(model, limit_per_tenant, but_not))
         with self._engine.connect() as connection:
             return [
                 Waiting(
@@ -75,14 +82,28 @@ class Attempts(Database):
         with self._engine.connect() as connection:
             return list(connection.execute(query.order_by(jobs.c.created_at).limit(limit)).scalars())
 
-    def claim(self, job_id: str, owner: str, lease_s: float, *, even_unreadable: bool = False) -> Job | None:
-        """Begin the next attempt at a queued job; None when somebody else was faster.
+    def room(self) -> dict[str, int]:
+        """How many jobs of a tenant may begin beside those in progress, of every tenant with such a limit."""
+        limited = select(tenants.c.name, tenants.c.max_running - _num_running(tenants.c.name)).where(
+            tenants.c.max_running.is_not(None)
+        )
+        with self._engine.connect() as connection:
+            return {tenant: max(0, num) for tenant, num in connection.execute(limited)}
+
+    def claim(self, job_id: str, owner: str, lease_s: float, *, to_fail: bool = False) -> Job | None:
+        """Begin the next attempt at a queued job; None when somebody else was faster, or its tenant runs all it may.
 
         The attempt continues from the job's checkpoint, if it has one: ``step`` is the checkpoint's.
 
+        Args:
+            job_id: of the job.
+            owner: who runs the attempt.
+            lease_s: for how long without renewing.
+            to_fail: the attempt is begun for failing the job, whatever its row says and its tenant runs.
+
         Raises:
             UnreadableJobError: its row says nothing that this version can run. It stays queued, because another
-                version on this store may read it; with ``even_unreadable`` the attempt has begun, for failing it.
+                version on this store may read it; with ``to_fail`` the attempt has begun.
         """
         now = self._clock()
         claimed = {
@@ -94,6 +115,8 @@ class Attempts(Database):
         }
         queued = and_(jobs.c.id == job_id, jobs.c.status == "queued")
         with self._writing() as connection:
+            if not to_fail and not _has_room(connection, job_id, now):
+                return None
             if connection.execute(update(jobs).where(queued).values(claimed)).rowcount == 0:
                 return None
             try:
@@ -102,7 +125,7 @@ class Attempts(Database):
                 known = select(jobs.c.attempt, jobs.c.created_at, jobs.c.priority).where(jobs.c.id == job_id)
                 unreadable = UnreadableJobError(*connection.execute(known).one())
                 unreadable.__cause__ = error
-                if not even_unreadable:
+                if not to_fail:
                     raise unreadable  # noqa: B904 - it has its cause; the transaction is undone
         raise unreadable
 
@@ -118,19 +141,22 @@ class Attempts(Database):
         with self._engine.connect() as connection:
             return list(connection.execute(query).scalars())
 
-    def requeue_expired(self, now: float) -> list[str]:
-        """Put jobs whose lease has run out back into the queue; returns those that this call moved."""
-        moved = []
+    def requeue_expired(self, now: float) -> dict[str, Status]:
+        """As ``requeue``, for jobs whose lease has run out; returns those that this call moved, and where to."""
+        moved = dict[str, Status]()
         for job_id in self.expired(now):
             stale = and_(jobs.c.id == job_id, jobs.c.status == "in_progress", jobs.c.lease_until < now)
-            if self._release(job_id, stale, gang_died=False):
-                moved.append(job_id)
+            if (status := self._release(job_id, stale, gang_died=False)) is not None:
+                moved[job_id] = status
         return moved
 
-    def requeue(self, job_id: str, attempt: int, gang_died: bool) -> bool:
+    def requeue(self, job_id: str, attempt: int, gang_died: bool) -> Status | None:
         """Give the attempt up and the job back to the queue (or end it, if its cancellation was asked).
 
         Its checkpoint stays, and is where the next attempt begins.
+
+        Returns:
+            ``queued``, ``cancelled``, or None where other methods return False.
         """
         return self._release(job_id, _in_progress(job_id, attempt), gang_died)
 
@@ -140,14 +166,15 @@ class Attempts(Database):
         ``step`` only grows, whatever order reports come in, and ``steps_run`` with it; an attempt that continues
         from a checkpoint must not report fewer steps than are done in it.
         """
-        furthest = case((jobs.c.step < step, step), else_=jobs.c.step)
+        reached = _at_least(jobs.c.step, step)
         return self._report(
             job_id,
             attempt,
             stage=stage,
-            step=furthest,
+            step=reached,
             num_steps=num_steps,
-            steps_run=jobs.c.steps_run + furthest - jobs.c.step,
+            steps_run=jobs.c.steps_run + reached - jobs.c.step,
+            furthest_step=_at_least(jobs.c.furthest_step, step),
         )
 
     def checkpoint(self, job_id: str, attempt: int, key: str, step: int) -> bool:
@@ -180,6 +207,7 @@ class Attempts(Database):
             seconds=dict(seconds),
             step=jobs.c.num_steps,
             steps_run=jobs.c.steps_run + jobs.c.num_steps - jobs.c.step,
+            furthest_step=jobs.c.num_steps,
         )
 
     def fail(self, job_id: str, attempt: int, code: str, message: str) -> bool:
@@ -212,7 +240,7 @@ class Attempts(Database):
                 _count_video(connection, job_id, now)
         return True
 
-    def _release(self, job_id: str, which: ColumnElement[bool], gang_died: bool) -> bool:
+    def _release(self, job_id: str, which: ColumnElement[bool], gang_died: bool) -> Status | None:
         now = self._clock()
         asked_to_stop = jobs.c.cancel_requested.is_(true())
         released = {
@@ -226,20 +254,45 @@ class Attempts(Database):
         }
         with self._writing(durably=True) as connection:
             if connection.execute(update(jobs).where(which).values(released)).rowcount == 0:
-                return False
-            ended = select(literal(1)).where(jobs.c.id == job_id, jobs.c.status == "cancelled")
-            if connection.execute(ended).one_or_none() is not None:
+                return None
+            status: Status = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id)).scalar_one()
+            if status == "cancelled":
                 owe_delivery(connection, job_id, now)
-        return True
+        return status
 
 
-def _oldest(model: str, limit_per_tenant: int) -> ColumnElement[bool]:
+def _oldest(model: str, limit_per_tenant: int, but_not: Collection[str] = ()) -> ColumnElement[bool]:
     place = func.row_number().over(
         partition_by=(jobs.c.tenant, jobs.c.priority), order_by=(jobs.c.created_at, jobs.c.id)
     )
-    ranked = select(jobs.c.id, place.label("place")).where(jobs.c.status == "queued", jobs.c.model == model)
+    ranked = select(jobs.c.id, place.label("place")).where(
+        jobs.c.status == "queued", jobs.c.model == model, jobs.c.id.not_in(list(but_not))
+    )
     places = ranked.subquery()
     return jobs.c.id.in_(select(places.c.id).where(places.c.place <= limit_per_tenant))
+
+
+def _at_least(column: ColumnElement[int], value: int) -> ColumnElement[int]:
+    return case((column < value, value), else_=column)
+
+
+def _num_running(tenant: ColumnElement[str]) -> ScalarSelect[int]:
+    return (
+        select(func.count()).where(jobs.c.tenant == tenant, jobs.c.status == "in_progress").correlate(tenants)
+    ).scalar_subquery()
+
+
+def _has_room(connection: Connection, job_id: str, now: float) -> bool:
+    """Whether one more job of this one's tenant may be in progress; if it may, until the transaction ends."""
+    limit = select(tenants.c.name, tenants.c.max_running).join(jobs, jobs.c.tenant == tenants.c.name)
+    row = connection.execute(limit.where(jobs.c.id == job_id, tenants.c.max_running.is_not(None))).one_or_none()
+    if row is None:
+        return True
+    try:
+        lock_tenant(connection, row.name, now)
+    except UnknownTenantError:
+        return False
+    return connection.execute(select(_num_running(literal(row.name)))).scalar_one() < row.max_running
 
 
 def _in_progress(job_id: str, attempt: int) -> ColumnElement[bool]:

@@ -77,6 +77,8 @@ class Job:
     """Denoising steps done, 0..num_steps."""
     steps_run: int = 0
     """Denoising steps that were seen to run, over all attempts; above ``num_steps`` when some ran twice."""
+    furthest_step: int = 0
+    """Denoising steps done where any attempt has come furthest: so many are its tenant's to pay, however often made."""
     started_at: float | None = None
     completed_at: float | None = None
     """When it ended, however it ended."""

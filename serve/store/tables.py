@@ -43,6 +43,7 @@ jobs = Table(
     Column("checkpoint_key", String(255)),
     Column("checkpoint_step", Integer),
     Column("steps_run", Integer, nullable=False, server_default="0"),
+    Column("furthest_step", Integer, nullable=False, server_default="0"),
     Column("webhook_url", Text),
     Column("preview_every", Integer, nullable=False, server_default="0"),
     Column("preview_key", String(255)),

@@ -86,6 +86,46 @@ def test_a_gang_of_workers_generates_what_one_worker_does(run_ranks, model_name)
             assert shared == "from rank 0"
 
 
+def side_by_side(place):
+    """Final latents of three jobs of one shape, each alone, and each after sharing every forward it could."""
+    model = load_model_config("debug")
+    cfg, ring, ulysses = DEGREES[place.world_size]
+    parallel = ParallelConfig(cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
+    worker = Worker(model, parallel, WorkerOptions(threads=1, timeout_s=60))
+    worker.join(place.rank, place.world_size, "127.0.0.1", place.port)
+    generator = torch.Generator().manual_seed(7)
+    jobs = {}
+    for seed in range(3):
+        request = replace(small_request(model), seed=seed, guidance_scale=2.0 + seed)
+        context, negative = torch.randn(2, 9, model.transformer.text_dim, generator=generator)
+        jobs[f"job-{seed}"] = request, context, negative, torch.randn(16, 1, 10, 14, generator=generator)
+    alone, shared = {}, {}
+    for name, given in jobs.items():
+        worker.admit(f"{name}-alone", *given)
+        alone[name] = finish(worker, f"{name}-alone", STEPS)
+    # Each comes a step after the one before, so that forwards are shared by different steps, too.
+    coming, residents = list(jobs), []
+    while coming or residents:
+        if coming:
+            residents.append(coming.pop(0))
+            worker.admit(residents[-1], *jobs[residents[-1]])
+        assert len({worker.signature(name) for name in residents}) == 1
+        for name, step in worker.step(list(residents)).items():
+            if step == STEPS:
+                shared[name] = worker.finish(name)
+                residents.remove(name)
+    worker.leave()
+    return alone, shared
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_jobs_that_share_forwards_end_within_1e_4_of_where_each_ends_alone(run_ranks, world_size):
+    for alone, shared in run_ranks(world_size, side_by_side):
+        differences = {name: (shared[name] - latents).abs().max().item() for name, latents in alone.items()}
+        assert len(differences) == 3
+        assert max(differences.values()) < 1e-4, differences
+
+
 def start(worker, job_id, request, text_dim):
     generator = torch.Generator().manual_seed(7)
     context, negative = torch.randn(2, 9, text_dim, generator=generator)

@@ -115,7 +115,13 @@ def test_progress_moves_with_the_steps_and_reaches_100_only_when_there_is_conten
 def test_cancelling_ends_a_queued_job_at_once_and_asks_a_running_one(service: Service) -> None:
     queued, running = service.create()["id"], service.create()["id"]
     service.store.claim(running, "test", 60.0)
+    assert service.store.claim(queued, "test", 60.0)
+    for name in ("inputs/0", "attempts/1/preview-2.webp", "checkpoints/1-2"):
+        service.gateway.artifacts.put(f"jobs/{queued}/{name}", b"x")
+    assert service.store.checkpoint(queued, 1, f"jobs/{queued}/checkpoints/1-2", 2)
+    assert service.store.requeue(queued, 1, gang_died=False)
     stopped = service.client.post(f"/v1/videos/{queued}/cancel").json()
+    assert [path.name for path in service.stored_files()] == ["0"]
     assert (stopped["status"], stopped["error"]["code"], stopped["pusa"]["state"]) == (
         "failed",
         "cancelled",

@@ -536,6 +536,21 @@ def test_jobs_of_one_signature_share_forwards_up_to_the_limit(rank, limit, num_s
     assert {message.num_sharing for message in steps} == {num_sharing}
 
 
+def test_of_jobs_that_share_forwards_one_leads(rank):
+    async def scenario():
+        denoiser = Denoiser(CONFIG.model_copy(update={"shared_forward_max_tokens": 100}), rank)
+        first = denoise(denoiser, "first", steps=6)
+        await until_step(first, 1)
+        return await asyncio.gather(collect(first), collect(denoise(denoiser, "second", steps=6)))
+
+    first, second = (
+        [message.is_guest for message in messages if isinstance(message, Progress) and message.num_sharing == 2]
+        for messages in asyncio.run(scenario())
+    )
+    assert first
+    assert (set(first), set(second)) == ({False}, {True})
+
+
 @pytest.mark.parametrize(("prompt", "kind"), [("nan", NumericsError), ("too-large", DeviceMemoryError)])
 def test_a_job_that_cannot_make_its_step_does_not_take_along_those_that_share_its_forward(rank, prompt, kind):
     async def scenario():

@@ -80,6 +80,7 @@ def test_a_cancelled_or_deleted_job_stops_and_leaves_nothing(world, how):
             await world.until(lambda: world.metrics.outcomes == ["cancelled"])
 
     run(scenario)
+    assert stored(world, "j") == []
     assert world.job("j") is None if how == "delete" else world.job("j").status == "cancelled"
 
 
@@ -156,15 +157,16 @@ def test_a_row_that_cannot_be_read_keeps_no_other_waiting_and_is_failed_when_it_
     world.add("overdue", created_at=time.time() - 3600)
     with sqlite3.connect(world.folder / "jobs.sqlite") as connection:
         connection.execute("UPDATE jobs SET request = 'no JSON'")
-    world.add("good", tenant="other")
+    world.add("good")
+    world.add("good-too", tenant="other")
 
     async def scenario():
         async with world.dispatcher(job_deadline_s=60.0):
-            await world.until(lambda: len(world.metrics.outcomes) == 2)
+            await world.until(lambda: len(world.metrics.outcomes) == 3)
 
     run(scenario)
-    assert sorted(world.metrics.outcomes) == ["completed", "unreadable_job"]
-    assert world.store.counts() == {"queued": 9, "completed": 1, "failed": 1}
+    assert sorted(world.metrics.outcomes) == ["completed", "completed", "unreadable_job"]
+    assert world.store.counts() == {"queued": 9, "completed": 2, "failed": 1}
 
 
 def test_a_cancellation_that_comes_while_the_end_is_written_does_not_interrupt_it(world, monkeypatch):

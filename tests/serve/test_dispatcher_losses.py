@@ -285,6 +285,83 @@ def test_a_job_whose_dispatchers_keep_dying_is_failed_in_the_end(world):
     assert world.job("j").error_code == "replica_lost"
 
 
+def test_every_step_is_charged_once_however_often_others_are_made_again(world):
+    add_long(world, "j", steps=10)
+    for attempt in (1, 2):  # neither came to a checkpoint
+        assert world.store.claim("j", "a former one", lease_s=60)
+        assert world.store.progress("j", attempt, "denoise", 4, 10)
+        assert world.store.requeue("j", attempt, gang_died=False)
+
+    async def scenario():
+        world.gang.step_s = 0.05
+        async with world.dispatcher():
+            await world.ended("j")
+
+    run(scenario)
+    assert world.metrics.num_repeated == 4
+    (day,) = world.store.usage("local", "2000-01-01")
+    assert day.cost == pytest.approx(6 * 0.05, rel=0.2)
+
+
+@pytest.mark.parametrize("how", ["lost", "closing"])
+def test_a_job_whose_owner_cancels_it_as_its_attempt_is_given_up_leaves_no_files(world, monkeypatch, how):
+    add_long(world, "j", preview_every=1)
+    requeue = world.store.requeue
+
+    def cancelled_and_requeued(*arguments):
+        world.store.request_cancel("local", "j")
+        return requeue(*arguments)
+
+    monkeypatch.setattr(world.store, "requeue", cancelled_and_requeued)
+
+    async def scenario():
+        world.gang.step_s = 0.2
+        async with world.dispatcher():
+            await world.until(lambda: world.job("j").checkpoint_step == 2 and world.job("j").preview_key is not None)
+            assert {path.split("/")[0] for path in stored(world, "j")} == {"attempts", "checkpoints"}
+            if how == "lost":
+                world.stages.faults["j", "denoise"] = [GangError("rank 1 died")]
+                await world.until(lambda: world.metrics.outcomes)
+
+    run(scenario)
+    assert (world.job("j").status, world.metrics.outcomes) == ("cancelled", ["cancelled"])
+    assert stored(world, "j") == []
+
+
+def test_a_cancelled_job_of_a_dead_dispatcher_leaves_no_files(world):
+    add_long(world, "j")
+    assert world.store.claim("j", "a dead one", lease_s=0.1)
+    world.artifacts.put("jobs/j/checkpoints/1-4", b"state")
+    world.store.checkpoint("j", 1, "jobs/j/checkpoints/1-4", 4)
+    world.store.request_cancel("local", "j")
+
+    async def scenario():
+        async with world.dispatcher(lease_s=1.0):
+            await world.until(lambda: world.job("j").status == "cancelled" and stored(world, "j") == [])
+
+    run(scenario)
+    assert world.metrics.reasons == []
+
+
+def test_an_attempt_that_is_cancelled_after_another_took_over_removes_nothing_of_it(world):
+    add_long(world, "j")
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher() as dispatcher:
+            await world.until(lambda: world.job("j").step == 1)
+            assert world.store.requeue("j", 1, gang_died=False)
+            assert world.store.claim("j", "another", lease_s=60)
+            world.artifacts.put("jobs/j/attempts/2/video.mp4", b"mp4")
+            world.artifacts.put("jobs/j/checkpoints/2-4", b"state")
+            dispatcher._stop(dispatcher._attempts["j"], "cancelled")
+            await world.until(lambda: not dispatcher._attempts)
+
+    run(scenario)
+    assert stored(world, "j") == ["attempts/2/video.mp4", "checkpoints/2-4"]
+    assert world.metrics.outcomes == []
+
+
 def test_an_attempt_that_was_taken_over_publishes_nothing(world):
     world.add("j")
 

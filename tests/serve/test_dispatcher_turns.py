@@ -6,6 +6,7 @@ import time
 import pytest
 
 from pusa_dist.errors import GangError
+from serve.seats import Seat
 from tests.serve.dispatcher_support import REQUEST, FakeGang, add_long, run
 
 
@@ -86,6 +87,58 @@ def test_an_idle_gang_takes_over_a_job_that_waits_on_another(world):
     assert other.started == [("second", 1, 0)]
 
 
+def test_an_idle_gang_takes_over_a_job_that_was_interrupted_and_goes_on_where_it_stands(world):
+    add_long(world, "first")
+    add_long(world, "second", created_at=time.time() + 0.1)
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher() as dispatcher:
+            await world.until(lambda: world.job("first").step == 1 and len(world.gang.residents) == 2)
+            world.gang.running = "second"
+            await world.until(lambda: world.job("second").step == 1)
+            dispatcher.register("other", other, 2)
+            await world.until(lambda: other.started)
+            world.gang.gate.set()
+            await world.ended("first", "second")
+
+    run(scenario)
+    assert other.started == [("first", 1, 1)]
+    assert world.gang.started == [("first", 1, 0), ("second", 1, 0)]
+    assert world.metrics.num_repeated == 0
+    assert [world.job(job_id).steps_run for job_id in ("first", "second")] == [6, 6]
+
+
+def test_a_job_that_is_stopped_in_the_moment_in_which_it_gets_its_place_leaves_the_place_free(world, monkeypatch):
+    for number, job_id in enumerate(("running", "following", "stopped")):
+        add_long(world, job_id, created_at=time.time() + 0.1 * number)
+    other = FakeGang(world.stages)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher(gangs={"gang": (world.gang, 1)}) as dispatcher:
+            await world.until(lambda: len(world.gang.residents) == 2 and world.job("stopped").stage == "denoise")
+            place = Seat.place
+
+            def place_and_stop(seat, gang, claim):
+                place(seat, gang, claim)
+                world.store.request_cancel("local", "stopped")
+                dispatcher._stop(seat.attempt, "cancelled")
+
+            monkeypatch.setattr(Seat, "place", place_and_stop)
+            dispatcher.register("other", other, 1)
+            await world.until(lambda: world.metrics.outcomes == ["cancelled"])
+            monkeypatch.undo()
+            await world.until(lambda: other.started)  # it is not taken for busy
+            world.gang.gate.set()
+            await world.until(lambda: len(world.metrics.outcomes) == 3)
+            assert dispatcher._gangs.num_placed == 0
+
+    run(scenario)
+    assert other.started == [("following", 1, 0)]
+
+
 def test_an_urgent_job_takes_the_place_of_a_waiting_batch_job_of_its_tenant(world):
     for n in range(3):
         add_long(world, f"batch-{n}", priority="batch", created_at=time.time() - 30 + n)
@@ -119,6 +172,68 @@ def test_a_tenant_that_comes_late_is_not_behind_the_whole_queue_of_another(world
             await world.until(lambda: world.store.get("b", "b").is_final)
             num_done = sum(world.store.get("a", f"a-{n}").is_final for n in range(6))
             assert num_done <= 3
+
+    run(scenario)
+
+
+def test_jobs_that_may_not_run_do_not_give_a_newcomer_what_others_are_due(world):
+    world.store.set_tenant("stuck", limits={"max_running": 0})
+    add_long(world, "stuck", tenant="stuck", created_at=time.time() - 10)
+    for n in range(40):
+        add_long(world, f"early-{n}", tenant="early", created_at=time.time() - 9 + n / 10)
+
+    def steps_of(tenant):
+        return sum(job_id.startswith(tenant) for job_id, _ in world.gang.steps)
+
+    async def scenario():
+        async with world.dispatcher():
+            await world.until(lambda: steps_of("early") >= 60)
+            for n in range(20):
+                add_long(world, f"late-{n}", tenant="late")
+            await world.until(lambda: steps_of("late") >= 1)
+            before = steps_of("early")
+            await world.until(lambda: steps_of("late") >= 36)
+            assert steps_of("early") - before >= 12
+
+    run(scenario)
+    assert world.store.get("stuck", "stuck").status == "queued"
+
+
+def test_a_tenant_runs_no_more_jobs_than_its_quota_whatever_the_number_of_dispatchers(world):
+    world.store.set_tenant("local", limits={"max_running": 1})
+    names = [f"j-{n}" for n in range(3)]
+    for name in names:
+        add_long(world, name)
+    gangs = [world.gang, FakeGang(world.stages)]
+
+    async def scenario():
+        for gang in gangs:
+            gang.gate.clear()
+        async with world.dispatcher(), world.dispatcher(gangs={"other": (gangs[1], 2)}):
+            await world.until(lambda: gangs[0].steps or gangs[1].steps)
+            await asyncio.sleep(0.5)
+            assert world.store.counts() == {"in_progress": 1, "queued": 2}
+            for gang in gangs:
+                gang.gate.set()
+            await world.ended(*names)
+
+    run(scenario)
+    assert all(world.job(name).status == "completed" for name in names)
+
+
+def test_what_a_quota_keeps_waiting_asks_for_no_gangs(world):
+    world.store.set_tenant("local", limits={"max_running": 2})
+    for n in range(5):
+        add_long(world, f"j-{n}", cost=10.0)
+
+    async def scenario():
+        world.gang.gate.clear()
+        async with world.dispatcher() as dispatcher:
+            await world.until(lambda: len(world.gang.residents) == 2)
+            await world.until(lambda: dispatcher.demand.num_jobs == 2)
+            world.store.set_tenant("local", limits={"max_running": None})
+            await world.until(lambda: dispatcher.demand.num_jobs == 5)
+            world.gang.gate.set()
 
     run(scenario)
 

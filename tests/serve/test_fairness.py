@@ -260,6 +260,19 @@ def test_a_tenant_never_has_more_jobs_in_progress_than_its_quota(jobs, limit, nu
     assert in_progress == 0
 
 
+def test_a_tenant_at_its_quota_does_not_give_a_newcomer_what_others_are_due():
+    loop = EventLoop()
+    cluster = VirtualCluster(loop, {}, 4, Times(prepare_s=0.3), max_running={"capped": 1})
+    for ask in (*backlog("capped", 20, 10, 1.0), *backlog("early", 100, 10, 1.0)):
+        cluster.ask(ask)
+    started(cluster, loop, [(100.0, ask) for ask in backlog("late", 100, 10, 1.0)])
+    loop.run(until=200.0)
+    since = [(tenant, cost) for at, tenant, cost in cluster.delivered if at > 110.0]
+    got = {name: sum(cost for tenant, cost in since if tenant == name) for name in ("capped", "early", "late")}
+    assert got["capped"] == pytest.approx(90.0, abs=10.0)  # one gang all the time
+    assert abs(got["early"] - got["late"]) <= 40.0  # the other three, within the jobs in service
+
+
 def test_the_same_events_give_the_same_run():
     def run():
         loop = EventLoop()

@@ -16,7 +16,7 @@ from pusa_dist.errors import ConfigError
 from serve.store.attempts import UnreadableJobError
 from serve.store.jobs import Artifact, DuplicateKeyError, Job, JobStore
 from serve.store.tables import jobs
-from tests.serve.store_support import LEASE_S, Clock, claimed, job_of, new_job
+from tests.serve.store_support import LEASE_S, Clock, claimed, created, job_of, new_job
 
 
 def test_a_job_is_read_back_equal(store: JobStore) -> None:
@@ -118,6 +118,27 @@ def test_a_claim_begins_an_attempt_and_only_one_claimant_wins(store: JobStore) -
     assert store.queued("debug", 10) == []
 
 
+def test_a_tenant_at_its_limit_begins_no_job_whoever_claims_it(store: JobStore) -> None:
+    store.set_tenant("a", limits={"max_running": 2})
+    mine = [created(store) for _ in range(8)]
+    others = created(store, "b")
+    assert store.room() == {"a": 2}
+    with ThreadPoolExecutor(8) as pool:
+        wins = [win for win in pool.map(lambda job: store.claim(job.id, "me", LEASE_S), mine) if win]
+    assert len(wins) == 2
+    assert store.room() == {"a": 0}
+    assert store.claim(others.id, "me", LEASE_S)
+    (waiting, *_) = store.queued("debug", 10)
+    assert store.claim(waiting.id, "me", LEASE_S, to_fail=True), "a job that is overdue is failed all the same"
+    assert store.room() == {"a": 0}
+    assert store.complete(waiting.id, 1, {}, {})
+    assert store.complete(wins[0].id, 1, {}, {})
+    assert store.room() == {"a": 1}
+    store.set_tenant("a", limits={"max_running": None})
+    assert store.room() == {}
+    assert all(store.claim(job.id, "me", LEASE_S) for job in store.queued("debug", 10))
+
+
 def test_queued_jobs_come_oldest_first(store: JobStore) -> None:
     ages = [3.0, 1.0, 2.0]
     for age in ages:
@@ -142,6 +163,7 @@ def test_progress_and_completion_of_the_current_attempt_are_kept(store: JobStore
         stage=None,
         step=4,
         steps_run=4,
+        furthest_step=4,
         completed_at=1_050.0,
         results=results,
         seconds={"denoise": 1.5},
@@ -151,7 +173,7 @@ def test_progress_and_completion_of_the_current_attempt_are_kept(store: JobStore
 def test_a_stale_attempt_can_change_nothing(store: JobStore, clock: Clock) -> None:
     job = claimed(store)
     clock.now += LEASE_S + 1
-    assert store.requeue_expired(clock.now) == [job.id]
+    assert store.requeue_expired(clock.now) == {job.id: "queued"}
     second = store.claim(job.id, "other", LEASE_S)
     assert second is not None
     assert second.attempt == 2
@@ -225,6 +247,18 @@ def test_reports_that_come_in_the_wrong_order_count_no_step_twice(store: JobStor
     assert job_of(store, job).steps_run == 7
 
 
+def test_how_far_any_attempt_came_is_kept_however_often_steps_are_made_again(store: JobStore) -> None:
+    job = claimed(store, num_steps=8)
+    for attempt, step in ((1, 5), (2, 5), (3, 3)):
+        assert store.progress(job.id, attempt, "denoise", step, 8)
+        assert (job_of(store, job).step, job_of(store, job).furthest_step) == (step, 5)
+        assert store.requeue(job.id, attempt, gang_died=False) == "queued"
+        assert store.claim(job.id, "me", LEASE_S)
+    assert job_of(store, job).steps_run == 13
+    assert store.complete(job.id, 4, {}, {})
+    assert job_of(store, job).furthest_step == 8
+
+
 def test_overdue_jobs_are_those_that_still_wait_of_any_model_oldest_first(store: JobStore) -> None:
     old = [new_job(created_at=age, model=model) for age, model in ((2.0, "debug"), (1.0, "another"), (3.0, "debug"))]
     for job in (*old, new_job(created_at=9.0)):
@@ -246,7 +280,7 @@ def test_a_row_that_cannot_be_read_is_left_to_others_or_claimed_to_be_failed(
         store.claim(job.id, "me", LEASE_S)
     assert store.counts() == {"queued": 1}
     with pytest.raises(UnreadableJobError) as refusal:
-        store.claim(job.id, "me", LEASE_S, even_unreadable=True)
+        store.claim(job.id, "me", LEASE_S, to_fail=True)
     error = refusal.value
     assert (error.attempt, error.created_at, error.priority) == (1, job.created_at, "batch")
     assert store.fail(job.id, error.attempt, "unreadable_job", "it cannot be read")
@@ -283,6 +317,8 @@ def test_a_long_queue_hides_no_other_tenant_class_or_model(store: JobStore) -> N
     waiting = store.queued("debug", 3)
     assert [job.created_at for job in waiting] == [0.0, 1.0, 2.0, 30.0, 31.0, 32.0]
     assert waiting[3:] == late
+    others = store.waiting("debug", 3, but_not=[waiting[0].id, waiting[4].id])
+    assert sorted(one.created_at for one in others) == [1.0, 2.0, 3.0, 30.0, 32.0]
 
 
 def test_a_cancel_that_meets_a_requeue_is_not_lost(store: JobStore, database_url: str) -> None:
@@ -324,7 +360,7 @@ def test_a_running_job_is_asked_to_stop_and_a_deleted_one_must(store: JobStore) 
 def test_a_job_asked_to_stop_ends_when_its_attempt_is_given_up(store: JobStore) -> None:
     job = claimed(store)
     store.request_cancel("a", job.id)
-    assert store.requeue(job.id, 1, gang_died=True)
+    assert store.requeue(job.id, 1, gang_died=True) == "cancelled"
     stopped = store.get("a", job.id)
     assert stopped is not None
     assert stopped.status == "cancelled"

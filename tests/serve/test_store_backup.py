@@ -100,7 +100,7 @@ def test_what_is_restored_equals_what_was_backed_up(
         for key in keys_of(job_of(store, job)):
             assert new_artifacts.read(key) == artifacts.read(key)
     # It is a working store: what ran goes on from its checkpoint, and what is written has numbers of its own.
-    assert restored.requeue_expired(clock.now + LEASE_S + 1) == [jobs[1].id]
+    assert restored.requeue_expired(clock.now + LEASE_S + 1) == {jobs[1].id: "queued"}
     again = restored.claim(jobs[1].id, "me", LEASE_S)
     assert again is not None
     assert (again.attempt, again.checkpoint_step) == (2, 2)
@@ -246,7 +246,7 @@ def test_a_backup_of_an_older_version_is_upgraded(
     artifacts.put(job.inputs[0].key, b"input")
     back_up(store, artifacts, backup)
     # As version 0001 would have written it: jobs alone, with the columns of then.
-    later = ("cost", "checkpoint_", "steps_run", "webhook_", "preview_", "is_")
+    later = ("cost", "checkpoint_", "steps_run", "furthest_step", "webhook_", "preview_", "is_")
     row = json.loads(backup.read("tables/jobs.jsonl"))
     old = {name: value for name, value in row.items() if not name.startswith(later)}
     backup.put("tables/jobs.jsonl", json.dumps(old).encode())

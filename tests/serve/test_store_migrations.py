@@ -90,6 +90,21 @@ def test_a_database_from_before_there_were_migrations_is_upgraded_and_keeps_its_
     store.close()
 
 
+@pytest.mark.parametrize(("steps_run", "furthest_step"), [(3, 3), (9, 4)])
+def test_a_job_from_before_has_come_no_further_than_its_steps_allow(
+    engine: Engine, database_url: str, steps_run: int, furthest_step: int
+) -> None:
+    make_old(engine)
+    migrate(engine, "0003")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE jobs SET steps_run = :steps_run"), {"steps_run": steps_run})
+    store = JobStore(database_url)
+    store.create_tables()
+    (job,) = store.queued("debug", 10)
+    assert (job.num_steps, job.furthest_step) == (4, furthest_step)
+    store.close()
+
+
 def test_a_process_of_the_version_before_can_still_accept_jobs(engine: Engine, database_url: str) -> None:
     make_old(engine)
     store = JobStore(database_url)
