@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.http.arriving import paced
 from serve.http.content import Variant, content_head, content_response, finished_artifact
 from serve.http.errors import ErrorBody, ServeError
 from serve.http.gateway import Gateway
@@ -51,9 +52,9 @@ def _body(media_field: str) -> Callable[[Request], AsyncIterator[IncomingBody]]:
     async def read(request: Request) -> AsyncIterator[IncomingBody]:
         gateway = await _gateway(request)
         uploads, room, tenant = gateway.config.uploads, gateway.media.room, request.state.tenant
-        declared = request.headers.get("content-length", "")
-        with room.held(tenant, int(declared) if declared.isdecimal() else uploads.max_body_bytes):
-            body = await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
+        with room.held(tenant) as take:
+            arriving = Request(request.scope, paced(request.receive, take))
+            body = await read_body(arriving, media_field, uploads.max_inputs, uploads.max_body_bytes)
             if not body.media:
                 yield body
                 return

@@ -15,12 +15,16 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from pusa_dist.errors import ConfigError
 from serve.store.migrate import migrate
 
 BUSY_TIMEOUT_S = 30
+DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
+"""What a statement without a fault meets: no connection, a server that goes down, or one that has just become a
+standby and takes no writes (``InternalError``)."""
 
 
 class Database:
