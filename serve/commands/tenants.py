@@ -9,7 +9,6 @@ from typing import Any
 from serve.commands.options import actor, add_store_arguments, open_artifacts, open_store, table
 from serve.policy.quota import Quota
 from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
-from serve.store.expiry import NOBODY
 from serve.store.jobs import JobStore
 from serve.store.tenants import Tenant
 
@@ -110,10 +109,10 @@ def remove_erased(store: JobStore, artifacts: ArtifactStore) -> int:
         StorageError: files cannot be removed; call it again.
     """
     num_jobs = 0
-    while jobs := store.page(NOBODY, None, _PAGE, "asc")[0]:
-        for job in jobs:
-            artifacts.delete(job_prefix(job.id))
-            store.forget(job.id)
+    while job_ids := store.erased_jobs(_PAGE):
+        for job_id in job_ids:
+            artifacts.delete(job_prefix(job_id))
+            store.forget(job_id)
             num_jobs += 1
     return num_jobs
 

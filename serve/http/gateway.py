@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from serve.config import MAX_STREAMS, ServeConfig
-from serve.http.errors import ServeError
+from serve.http.errors import ServeError, video_not_found
 from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
 from serve.http.intake import Intake, check_model
@@ -109,12 +109,13 @@ class Gateway:
             ServeError: 404, it does not exist.
         """
         check_id(video_id)
-        job = found(self._store.delete(tenant, video_id), video_id)
+        if not self._store.delete(tenant, video_id):
+            raise video_not_found(video_id)
         try:
-            self.artifacts.delete(job_prefix(job.id))
+            self.artifacts.delete(job_prefix(video_id))
         except StorageError as error:  # the sweeper finds them: no row names them any more
-            logger.warning("job %s is deleted, but its files cannot be removed yet: %s", job.id, error)
-        logger.info("job %s of tenant %s deleted while %s", job.id, job.tenant, job.status)
+            logger.warning("job %s is deleted, but its files cannot be removed yet: %s", video_id, error)
+        logger.info("job %s of tenant %s deleted", video_id, tenant)
 
     def cancel(self, tenant: str, video_id: str) -> Job:
         """Stop a job: at once if it is queued, at its next step if it runs.

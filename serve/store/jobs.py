@@ -4,11 +4,12 @@ A job is ``queued``, then ``in_progress`` under one *attempt* at a time, then ``
 or ``cancelled`` for good.
 """
 
-from collections.abc import Collection
-from dataclasses import asdict, fields
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, fields, replace
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, case, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from serve.policy.cost import Backlog
@@ -25,6 +26,7 @@ from serve.store.job import (
     Stage,
     Status,
     StoredInput,
+    UnreadableRowError,
     job_from_row,
     new_job_id,
 )
@@ -45,8 +47,11 @@ __all__ = [
     "Status",
     "StoredInput",
     "UnknownTenantError",
+    "UnreadableRowError",
     "new_job_id",
 ]
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = Quota()
 
@@ -104,7 +109,11 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             raise QuotaExceededError(refusal)
 
     def get(self, tenant: str, job_id: str) -> Job | None:
-        """A tenant's job, or None: another tenant's job does not exist."""
+        """A tenant's job, or None: another tenant's job does not exist.
+
+        Raises:
+            UnreadableRowError: another version wrote it.
+        """
         with self._engine.connect() as connection:
             row = connection.execute(select(jobs).where(_owned(tenant, job_id))).mappings().one_or_none()
         return None if row is None else job_from_row(row)
@@ -140,25 +149,34 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
     def page(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
         """Up to ``limit`` jobs beyond the id ``after`` by age, and whether there are more.
 
-        The job ``after`` need not exist (any more).
+        The job ``after`` need not exist (any more). Jobs that another version wrote, and this one cannot read,
+        are left out.
         """
-        query = select(jobs).where(jobs.c.tenant == tenant)
-        if after is not None:
-            query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
-        by_age = jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()
+        found: list[Job] = []
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(by_age).limit(limit + 1)).mappings().all()
-        return [job_from_row(row) for row in rows[:limit]], len(rows) > limit
+            for row in _by_age(connection, tenant, after, limit + 1, order):
+                try:
+                    found.append(job_from_row(row))
+                except UnreadableRowError:
+                    logger.warning("job %s: its row cannot be read, and it is left out of a list", row["id"])
+                if len(found) > limit:
+                    break
+        return found[:limit], len(found) > limit
 
-    def delete(self, tenant: str, job_id: str) -> Job | None:
-        """Forget a job; one in progress is thereby cancelled. Its artifacts are the caller's to delete."""
-        job = self.get(tenant, job_id)
+    def delete(self, tenant: str, job_id: str) -> bool:
+        """Forget a job, if there is one, whichever version wrote it; its artifacts are the caller's to delete.
+
+        One in progress is thereby cancelled.
+        """
         with self._writing(durably=True) as connection:
-            found = connection.execute(delete(jobs).where(_owned(tenant, job_id))).rowcount == 1
-        return job if found else None
+            return connection.execute(delete(jobs).where(_owned(tenant, job_id))).rowcount == 1
 
     def request_cancel(self, tenant: str, job_id: str) -> Job | None:
-        """Cancel a queued job at once; ask for one in progress; leave a finished one as it is."""
+        """Cancel a queued job at once; ask for one in progress; leave a finished one as it is.
+
+        Raises:
+            UnreadableRowError: another version wrote it; its cancellation is asked for all the same.
+        """
         now = self._clock()
         live = and_(_owned(tenant, job_id), jobs.c.status.in_(("queued", "in_progress")))
         # One statement for both: between two, a job may be put back in the queue, and neither would find it.
@@ -239,6 +257,21 @@ def _refuse_repeat(connection: Connection, job: Job, since: float | None) -> Non
     else:
         return
     if connection.execute(select(jobs.c.id).where(same)).first() is not None:
+def _by_age(
+    connection: Connection, tenant: str, after: str | None, num_rows: int, order: Literal["asc", "desc"]
+) -> Iterator[RowMapping]:
+    """Rows of the tenant's jobs beyond ``after``, read ``num_rows`` at a time as far as they are wanted."""
+    query = select(jobs).where(jobs.c.tenant == tenant)
+    query = query.order_by(jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()).limit(num_rows)
+    while True:
+        beyond = true() if after is None else jobs.c.id > after if order == "asc" else jobs.c.id < after
+        rows = connection.execute(query.where(beyond)).mappings().all()
+        yield from rows
+        if len(rows) < num_rows:
+            return
+        after = rows[-1]["id"]
+
+
         raise DuplicateKeyError(job.idempotency_key)
 
 

@@ -172,7 +172,8 @@ def test_erasing_a_tenant_ends_its_jobs_and_takes_its_keys_usage_deliveries_and_
     assert not store.requeue(running.id, 1, gang_died=False)
     assert store.claim(waiting.id, "me", LEASE_S) is None
     # Their files are to be removed, whatever their age.
-    assert {job.id for job in store.expired_jobs(clock.now, 10)} == {done.id, running.id, waiting.id}
+    assert set(store.expired_jobs(clock.now, 10)) == {done.id, running.id, waiting.id}
+    assert set(store.erased_jobs(10)) == {done.id, running.id, waiting.id}
     assert job_of(store, other) == other
 
 
