@@ -75,6 +75,27 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
     concern each.
     """
 
+    def ask(self, tenant: str, quota: Quota) -> None:
+        """Count that a tenant asks for a job, whatever becomes of it, and refuse what is over quota as it stands.
+
+        For before anything expensive is done for the job; ``create`` has the last word. A tenant without limits
+        is not counted.
+
+        Raises:
+            QuotaExceededError: over quota, whatever the job holds.
+            UnknownTenantError: the tenant was erased.
+        """
+        if quota == _UNLIMITED:
+            return
+        now = self._clock()
+        with self._writing() as connection:
+            lock_tenant(connection, tenant, now)
+            use = _use(connection, tenant, now)
+            count_request(connection, tenant, now)
+        refusal = check(quota, use, cost=0.0, num_tokens=0, now=now)
+        if refusal is not None:
+            raise QuotaExceededError(refusal)
+
     def create(self, job: Job, quota: Quota = _UNLIMITED, *, repeats_since: float | None = None) -> None:
         """Keep a new job, if the tenant may have it; when this returns it is on disk.
 
@@ -89,7 +110,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
 
         Raises:
             DuplicateKeyError: another job of the tenant has its idempotency key, or is the same request's.
-            QuotaExceededError: over quota; nothing was kept but that it was asked for.
+            QuotaExceededError: over quota; nothing was kept. The requests of a minute are ``ask``'s to look at.
             UnknownTenantError: the tenant was erased.
         """
         now = self._clock()
@@ -100,8 +121,8 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             refusal = None
             if quota != _UNLIMITED:
                 use = _use(connection, job.tenant, now)
-                refusal = check(quota, use, cost=job.cost, num_tokens=job.request.num_tokens, now=now)
-            count_request(connection, job.tenant, now)
+                others = replace(quota, requests_per_minute=None)
+                refusal = check(others, use, cost=job.cost, num_tokens=job.request.num_tokens, now=now)
             if refusal is None:
                 _insert(connection, job)
                 count(connection, job.tenant, now, requests=1)
@@ -236,6 +257,21 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         return None if row is None else job_from_row(row)
 
 
+def _by_age(
+    connection: Connection, tenant: str, after: str | None, num_rows: int, order: Literal["asc", "desc"]
+) -> Iterator[RowMapping]:
+    """Rows of the tenant's jobs beyond ``after``, read ``num_rows`` at a time as far as they are wanted."""
+    query = select(jobs).where(jobs.c.tenant == tenant)
+    query = query.order_by(jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()).limit(num_rows)
+    while True:
+        beyond = true() if after is None else jobs.c.id > after if order == "asc" else jobs.c.id < after
+        rows = connection.execute(query.where(beyond)).mappings().all()
+        yield from rows
+        if len(rows) < num_rows:
+            return
+        after = rows[-1]["id"]
+
+
 def _cost_left() -> ColumnElement[float]:
     return jobs.c.cost * (1.0 - 1.0 * jobs.c.step / jobs.c.num_steps)
 
@@ -257,21 +293,6 @@ def _refuse_repeat(connection: Connection, job: Job, since: float | None) -> Non
     else:
         return
     if connection.execute(select(jobs.c.id).where(same)).first() is not None:
-def _by_age(
-    connection: Connection, tenant: str, after: str | None, num_rows: int, order: Literal["asc", "desc"]
-) -> Iterator[RowMapping]:
-    """Rows of the tenant's jobs beyond ``after``, read ``num_rows`` at a time as far as they are wanted."""
-    query = select(jobs).where(jobs.c.tenant == tenant)
-    query = query.order_by(jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()).limit(num_rows)
-    while True:
-        beyond = true() if after is None else jobs.c.id > after if order == "asc" else jobs.c.id < after
-        rows = connection.execute(query.where(beyond)).mappings().all()
-        yield from rows
-        if len(rows) < num_rows:
-            return
-        after = rows[-1]["id"]
-
-
         raise DuplicateKeyError(job.idempotency_key)
 
 

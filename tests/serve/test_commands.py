@@ -94,7 +94,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_touched(
 
 
 def test_impossible_names_and_weights_are_said_in_a_line(store: JobStore, command: Command) -> None:
-    for arguments in (["tenants", "set", "red", "--weight", "0"], ["keys", "create", "a b"]):
+    for arguments in (
+        ["tenants", "set", "red", "--weight", "0"],
+        ["tenants", "set", "red", "--max-queued", str(2**31)],
+        ["keys", "create", "a b"],
+        ["keys", "create", "red", "--label", "x" * 256],
+    ):
         code, _, err = command(*arguments)
         assert code == 2
         assert err.startswith("serve: ")
