@@ -131,8 +131,10 @@ class Gateway:
             )
         return job
 
-    def events(self, tenant: str, video_id: str, last_event_id: str | None) -> EventStream:
-        """The job's events from where the client was.
+    def events(
+        self, tenant: str, video_id: str, last_event_id: str | None, authorization: str | None = None
+    ) -> EventStream:
+        """The job's events from where the client was, as long as its Authorization header is the tenant's.
 
         Raises:
             ServeError: 404, it does not exist.
@@ -145,6 +147,7 @@ class Gateway:
             Cursor.parse(last_event_id),
             lambda progress: self._forecast.seconds_left(job.request, progress.status, progress.step),
             self.artifacts.read,
+            lambda: self.tenants.is_still(tenant, authorization),
         )
 
     def usage(self, tenant: str, num_days: int) -> TenantUsage:

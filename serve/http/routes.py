@@ -198,7 +198,11 @@ def download_video(
 
 @router.get("/v1/videos/{video_id}/events", response_class=Response)
 def stream_events(
-    gateway: TheGateway, tenant: Tenant, video_id: str, last_event_id: Annotated[str | None, Header()] = None
+    gateway: TheGateway,
+    tenant: Tenant,
+    video_id: str,
+    request: Request,
+    last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """How far a video is, as server-sent events, until it ends.
 
@@ -206,7 +210,7 @@ def stream_events(
     for, and at last ``completed``, ``failed``, ``cancelled`` or ``deleted``. A client that was cut off goes on
     from ``Last-Event-ID``, at any gateway.
     """
-    return gateway.events(tenant, video_id, last_event_id)
+    return gateway.events(tenant, video_id, last_event_id, request.headers.get("authorization"))
 
 
 @router.get("/v1/usage")
