@@ -89,6 +89,7 @@ def _erase(options: argparse.Namespace) -> int:
     try:
         store.erase_tenant(options.tenant, actor=actor())
         num_jobs = remove_erased(store, artifacts)
+        is_log_empty = store.empty_log()
     except StorageError as error:
         print(
             f"serve: tenant {options.tenant} is erased but for files that cannot be removed now ({error}); "
@@ -99,6 +100,13 @@ def _erase(options: argparse.Namespace) -> int:
     finally:
         store.close()
     print(f"tenant {options.tenant} is erased, and {num_jobs} jobs with all their files", file=sys.stderr)
+    if not is_log_empty:
+        print(
+            "serve: what it asked for is still spelt in the database's log (the file that ends in -wal), because "
+            "somebody was reading all the while; call this command again",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
