@@ -9,18 +9,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-
 from serve.store.artifacts import StorageError
+from serve.store.database import DATABASE_AWAY
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Of the errors of a database, those that a statement without a fault meets: no connection, a server that goes
-# down, or one that has just become a standby and takes no writes (InternalError).
-AWAY = (StorageError, OperationalError, InterfaceError, InternalError, PoolTimeoutError)
+AWAY = (StorageError, *DATABASE_AWAY)
 FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 60.0
 

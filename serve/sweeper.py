@@ -9,14 +9,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from sqlalchemy.exc import DBAPIError
 
 from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
-from serve.store.jobs import JOB_ID_PATTERN, Job, JobStore
+from serve.store.jobs import JOB_ID_PATTERN, JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +97,21 @@ def sweep(
         but_not: jobs whose files could not be removed a moment ago, which must not keep the others' from it.
     """
 
-    def forget(job: Job) -> None:
-        artifacts.delete(job_prefix(job.id))
-        store.forget(job.id)
+    def forget(job_id: str) -> None:
+        artifacts.delete(job_prefix(job_id))
+        store.forget(job_id)
 
-    def tidy(job: Job) -> None:
-        artifacts.delete_others(job_prefix(job.id), published_keys(job))
-        store.mark_swept(job.id)
+    def tidy(job_id: str) -> None:
+        kept = published[job_id]
+        if kept is None:
+            logger.warning("job %s: its row cannot be read, so all its files are kept until it expires", job_id)
+        else:
+            artifacts.delete_others(job_prefix(job_id), kept)
+        store.mark_swept(job_id)
 
     forgotten, failures = _each(store.expired_jobs(now, _PAGE, but_not), forget)
-    tidied, more_failures = _each(store.unswept_jobs(now - leftovers_age_s, _PAGE, but_not), tidy)
+    published = {job.id: job.published for job in store.unswept_jobs(now - leftovers_age_s, _PAGE, but_not)}
+    tidied, more_failures = _each(published, tidy)
     store.forget_deliveries(now - DELIVERIES_AGE_S)
     if forgotten:
         logger.info("%d jobs were past their time and are forgotten", forgotten)
@@ -159,22 +164,16 @@ def is_ours(store: JobStore, artifacts: ArtifactStore, job_ids: list[str]) -> bo
     return True
 
 
-def published_keys(job: Job) -> set[str]:
-    """What is kept of an ended job until it expires: what it was given, and what it made."""
-    keys = {one.key for one in job.inputs} | {one.key for one in job.results.values()}
-    return keys if job.preview_key is None else keys | {job.preview_key}
-
-
-def _each(jobs: list[Job], do: Callable[[Job], None]) -> tuple[int, frozenset[str]]:
+def _each(job_ids: Iterable[str], do: Callable[[str], None]) -> tuple[int, frozenset[str]]:
     """Do it to each job; returns for how many it worked, and for which it did not."""
     done = in_a_row = 0
     failed = set[str]()
-    for job in jobs:
+    for job_id in job_ids:
         try:
-            do(job)
+            do(job_id)
         except StorageError as error:
-            logger.warning("files of job %s cannot be removed now: %s", job.id, error)
-            failed.add(job.id)
+            logger.warning("files of job %s cannot be removed now: %s", job_id, error)
+            failed.add(job_id)
             in_a_row += 1
             if in_a_row == _MAX_FAILURES:
                 break

@@ -9,7 +9,6 @@ from typing import Any
 from serve.commands.options import actor, add_store_arguments, open_artifacts, open_store, table
 from serve.policy.quota import Quota
 from serve.store.artifacts import ArtifactStore, StorageError, job_prefix
-from serve.store.expiry import NOBODY
 from serve.store.jobs import JobStore
 from serve.store.tenants import Tenant
 
@@ -92,6 +91,7 @@ def _erase(options: argparse.Namespace) -> int:
     try:
         store.erase_tenant(options.tenant, actor=actor())
         num_jobs = remove_erased(store, artifacts)
+        is_log_empty = store.empty_log()
     except StorageError as error:
         print(
             f"serve: tenant {options.tenant} is erased but for files that cannot be removed now ({error}); "
@@ -102,6 +102,13 @@ def _erase(options: argparse.Namespace) -> int:
     finally:
         store.close()
     print(f"tenant {options.tenant} is erased, and {num_jobs} jobs with all their files", file=sys.stderr)
+    if not is_log_empty:
+        print(
+            "serve: what it asked for is still spelt in the database's log (the file that ends in -wal), because "
+            "somebody was reading all the while; call this command again",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -112,10 +119,10 @@ def remove_erased(store: JobStore, artifacts: ArtifactStore) -> int:
         StorageError: files cannot be removed; call it again.
     """
     num_jobs = 0
-    while jobs := store.page(NOBODY, None, _PAGE, "asc")[0]:
-        for job in jobs:
-            artifacts.delete(job_prefix(job.id))
-            store.forget(job.id)
+    while job_ids := store.erased_jobs(_PAGE):
+        for job_id in job_ids:
+            artifacts.delete(job_prefix(job_id))
+            store.forget(job_id)
             num_jobs += 1
     return num_jobs
 

@@ -13,8 +13,6 @@ from pathlib import PurePath
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -22,14 +20,13 @@ from pusa_dist.errors import RequestError
 from serve.http.views import Answer
 from serve.policy.quota import Refusal
 from serve.store.artifacts import StorageError
+from serve.store.database import DATABASE_AWAY
+from serve.store.job import UnreadableRowError
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {429: "rate_limit_error"}
 """OpenAI's words where they are neither ``server_error`` nor ``invalid_request_error``."""
-
-
-DATABASE_FAILURES = (OperationalError, InterfaceError, PoolTimeoutError)
 
 
 class ServeError(Exception):
@@ -80,6 +77,40 @@ def body_too_large(limit: int) -> ServeError:
     """413: more bytes than the gateway reads."""
     return ServeError(
         413, "body_too_large", f"the body has more than {limit} bytes; send smaller or fewer images and clips"
+    )
+
+
+def fields_too_large(limit: int) -> ServeError:
+    """413: more of what is not media than any order needs."""
+    return ServeError(
+        413,
+        "fields_too_large",
+        f"the fields have more than {limit} bytes, media apart; shorten them, and send media as files of "
+        "multipart/form-data or as data URLs in JSON",
+    )
+
+
+def upload_too_slow(num_bytes: int) -> ServeError:
+    """408: the body stopped coming, or came too slowly."""
+    return ServeError(
+        408,
+        "upload_too_slow",
+        f"the body stopped or came too slowly after {num_bytes} bytes; send it again over a faster connection, "
+        "or send smaller images and clips",
+        should_retry=True,
+        headers={"connection": "close"},
+    )
+
+
+def unreadable_job(job_id: str) -> ServeError:
+    """503: another version of the service wrote the job, and this one does not know what it says."""
+    return ServeError(
+        503,
+        "unreadable_job",
+        f"video {job_id} was made by another version of this service, which this one cannot read; try again when "
+        "the service is updated everywhere, or DELETE the video",
+        "video_id",
+        retry_after_s=30,
     )
 
 
@@ -201,13 +232,18 @@ def install_error_handlers(app: FastAPI) -> None:
         logger.error("%s %s: the database failed: %s", request.method, request.url.path, type(reason).__name__)
         return error_response(storage_unavailable())
 
-    for failure in DATABASE_FAILURES:
+    for failure in DATABASE_AWAY:
         app.add_exception_handler(failure, _database)
 
     @app.exception_handler(StorageError)
     async def _files(request: Request, error: StorageError) -> JSONResponse:
         logger.error("%s %s: the artifact store failed: %s", request.method, request.url.path, error)
         return error_response(storage_unavailable())
+
+    @app.exception_handler(UnreadableRowError)
+    async def _foreign(request: Request, error: UnreadableRowError) -> JSONResponse:
+        logger.warning("%s %s: the row of job %s cannot be read", request.method, request.url.path, error.job_id)
+        return error_response(unreadable_job(error.job_id))
 
     @app.exception_handler(RequestError)
     async def _engine(_: Request, error: RequestError) -> JSONResponse:

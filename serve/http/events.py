@@ -8,7 +8,7 @@ happened in between is superseded, not repeated: a step that is over needs no ev
 import asyncio
 import base64
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -109,6 +109,7 @@ class EventStream(Response):
         cursor: what the client has seen.
         seconds_left: estimates the work on a job that is this far; blocks.
         read: bytes of an artifact; blocks.
+        is_allowed: whether the client still is the tenant; asked before anything more is told.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class EventStream(Response):
         cursor: Cursor,
         seconds_left: Callable[[JobProgress], float | None],
         read: Callable[[str], bytes],
+        is_allowed: Callable[[], Awaitable[bool]],
     ) -> None:
         super().__init__()
         self._watch = watch
@@ -127,6 +129,7 @@ class EventStream(Response):
         self._cursor = cursor
         self._seconds_left = seconds_left
         self._read = read
+        self._is_allowed = is_allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer (ASGI); the place among the watchers is given back however the connection ends."""
@@ -142,7 +145,7 @@ class EventStream(Response):
     async def _events(self, watcher: Watcher[JobProgress]) -> AsyncIterator[str]:
         yield f"retry: {_RECONNECT_MS}\n\n"
         job: JobProgress | None = self._job.progress
-        while True:
+        while await self._is_allowed():
             if job is None:
                 cursor = replace(self._cursor, phase="deleted")
                 yield _event("deleted", cursor, DeletedEvent(id=self._job.id))
@@ -157,6 +160,8 @@ class EventStream(Response):
                         job = await watcher.next()
                     break
                 except TimeoutError:
+                    if not await self._is_allowed():
+                        return
                     yield ": still here\n\n"
 
     async def _news(self, job: JobProgress) -> AsyncIterator[str]:

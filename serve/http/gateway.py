@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from serve.config import MAX_STREAMS, ServeConfig
-from serve.http.errors import ServeError
+from serve.http.errors import ServeError, video_not_found
 from serve.http.events import Cursor, EventStream
 from serve.http.forecast import Forecast
 from serve.http.idempotency import Origin
@@ -109,9 +109,10 @@ class Gateway:
             ServeError: 404, it does not exist.
         """
         check_id(video_id)
-        job = found(self._store.delete(tenant, video_id), video_id)
-        self._remove(job, [job_prefix(job.id)])
-        logger.info("job %s of tenant %s deleted while %s", job.id, job.tenant, job.status)
+        if not self._store.delete(tenant, video_id):
+            raise video_not_found(video_id)
+        self._remove(video_id, [job_prefix(video_id)])
+        logger.info("job %s of tenant %s deleted", video_id, tenant)
 
     def cancel(self, tenant: str, video_id: str) -> Job:
         """Stop a job: at once if it is queued, at its next step if it runs.
@@ -126,18 +127,20 @@ class Gateway:
                 409, "already_finished", f"video {job.id} has already {job.status}; DELETE it to remove it", "video_id"
             )
         if job.status == "cancelled":  # at once; a running attempt removes its files when it has stopped
-            self._remove(job, unfinished_prefixes(job.id))
+            self._remove(job.id, unfinished_prefixes(job.id))
         return job
 
-    def _remove(self, job: Job, prefixes: Iterable[str]) -> None:
+    def _remove(self, job_id: str, prefixes: Iterable[str]) -> None:
         for prefix in prefixes:
             try:
                 self.artifacts.delete(prefix)
             except StorageError as error:  # the sweeper will
-                logger.warning("job %s: its files cannot be removed yet: %s", job.id, error)
+                logger.warning("job %s: its files cannot be removed yet: %s", job_id, error)
 
-    def events(self, tenant: str, video_id: str, last_event_id: str | None) -> EventStream:
-        """The job's events from where the client was.
+    def events(
+        self, tenant: str, video_id: str, last_event_id: str | None, authorization: str | None = None
+    ) -> EventStream:
+        """The job's events from where the client was, as long as its Authorization header is the tenant's.
 
         Raises:
             ServeError: 404, it does not exist.
@@ -150,6 +153,7 @@ class Gateway:
             Cursor.parse(last_event_id),
             lambda progress: self._forecast.seconds_left(job.request, progress.status, progress.step),
             self.artifacts.read,
+            lambda: self.tenants.is_still(tenant, authorization),
         )
 
     def usage(self, tenant: str, num_days: int) -> TenantUsage:

@@ -19,7 +19,9 @@ from serve.http.uploads import IncomingBody
 from serve.store.jobs import Job, JobStore
 
 RETRY_WINDOW_S = 900.0
-"""The stock client gives up after ten minutes by default."""
+"""How long before a retry the attempt before it may have come: the stock client waits ten minutes for an answer to
+each attempt by default, and then up to one more before the next."""
+MAX_COUNTED_RETRIES = 10
 MAX_KEY_LENGTH = 255
 
 
@@ -29,7 +31,8 @@ class Origin:
 
     fingerprint: str
     idempotency_key: str | None
-    is_retry: bool
+    num_retries: int
+    """Attempts before this one that the sender tells of, of which ``MAX_COUNTED_RETRIES`` count."""
     arrived_at: float
     """When its first byte came in, Unix seconds."""
 
@@ -47,13 +50,17 @@ class Origin:
                 "Idempotency-Key",
                 "invalid_idempotency_key",
             )
-        retries = headers.get("x-stainless-retry-count", "0")
-        return cls(_fingerprint(route, body), key, retries.strip("0").isdecimal(), arrived_at)
+        return cls(_fingerprint(route, body), key, _num_retries(headers), arrived_at)
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether the sender says that it was sent before."""
+        return self.num_retries > 0
 
     @property
     def repeats_since(self) -> float:
-        """From when on a job of this fingerprint is the job of this request."""
-        return self.arrived_at - RETRY_WINDOW_S if self.is_retry else self.arrived_at
+        """From when on a job of this fingerprint is the job of this request: since its first attempt."""
+        return self.arrived_at - RETRY_WINDOW_S * self.num_retries
 
     def earlier_job(self, store: JobStore, tenant: str) -> Job | None:
         """The job this request has already made, if it has.
@@ -72,6 +79,12 @@ class Origin:
                 "Idempotency-Key",
             )
         return job
+
+
+def _num_retries(headers: Mapping[str, str]) -> int:
+    text = headers.get("x-stainless-retry-count", "0").lstrip("0")
+    is_number = text.isascii() and text.isdecimal()
+    return min(int(text[:3]), MAX_COUNTED_RETRIES) if is_number else 0  # of a number, three digits say enough
 
 
 def _fingerprint(route: str, body: IncomingBody) -> str:

@@ -1,7 +1,8 @@
 """Accepting a video: from a body that came in to a job that is on disk.
 
-What costs nothing is checked first and what others share last: shape of the body, media, limits of the
-model, moderation, and in the transaction that writes the job the tenant's quota.
+What costs nothing is checked first and what others share last: room in the tenant's quota, which counts the
+request, shape of the body, media, limits of the model, moderation, and in the transaction that writes the job
+the quota again.
 """
 
 import logging
@@ -29,7 +30,7 @@ from serve.http.schemas import PusaBody, VideoBody
 from serve.http.uploads import IncomingBody, Media, MediaUrl, Upload, VideoReference
 from serve.logs import about
 from serve.moderation import Moderation, ModerationUnavailableError
-from serve.policy.quota import Quota, check
+from serve.policy.quota import Quota
 from serve.store.artifacts import ArtifactStore, input_key, job_prefix
 from serve.store.jobs import (
     DuplicateKeyError,
@@ -131,13 +132,13 @@ class Intake:
         return self._accept(tenant, params, order.pusa, [upload], [media], origin)
 
     def _check_room(self, tenant: str) -> None:
-        """Refuse what is over quota whatever it holds, before media are decoded; the job's own check comes last."""
-        quota = self._quota(tenant)
-        if quota != Quota():
-            now = self._clock()
-            refusal = check(quota, self._store.use(tenant, now), cost=0.0, num_tokens=0, now=now)
-            if refusal is not None:
-                raise over_quota(refusal)
+        """Count the request and refuse what is over quota whatever it holds; the job's own check comes last."""
+        try:
+            self._store.ask(tenant, self._quota(tenant))
+        except QuotaExceededError as error:
+            raise over_quota(error.refusal) from error
+        except UnknownTenantError as error:
+            raise tenant_erased() from error
 
     def _parse(self, body: IncomingBody) -> VideoBody:
         order = VideoBody.parse(body.fields)

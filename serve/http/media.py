@@ -2,7 +2,7 @@
 
 Both may take seconds of a gateway's thread, so a request with media waits for a place first, on the event
 loop: threads for everything else are always left, and every tenant has only so many of the places. What
-waits holds its body, so how many bytes all of them hold is bounded, too, before the first is read.
+waits holds its body, so how many bytes all of them hold is bounded, too, as they come in.
 """
 
 import asyncio
@@ -39,24 +39,30 @@ class Room:
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         # As much as the largest bodies in every place take, so of usual ones many may wait.
         self._max_bytes = places * max_body_bytes
-        self._max_bytes_of_tenant = 2 * per_tenant * max_body_bytes
+        self._max_bytes_of_tenant = per_tenant * max_body_bytes
         self._bytes_of: Counter[str] = Counter()
 
     @contextmanager
-    def held(self, tenant: str, num_bytes: int) -> Iterator[None]:
-        """Have memory for a body inside.
+    def held(self, tenant: str) -> Iterator[Callable[[int], None]]:
+        """Have memory for a body inside: as much as what this gives is called for, as bytes come in.
 
-        Raises:
-            ServeError: 503, there is none left, or the tenant has as much as one may have.
+        What is only announced takes none. What this gives raises ``ServeError`` 503 when there is none left, or
+        the tenant has as much as one may have.
         """
-        is_full = self._bytes_of.total() + num_bytes > self._max_bytes
-        if is_full or self._bytes_of[tenant] + num_bytes > self._max_bytes_of_tenant:
-            raise uploads_busy()
-        self._bytes_of[tenant] += num_bytes
+        num_held = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal num_held
+            is_full = self._bytes_of.total() + num_bytes > self._max_bytes
+            if is_full or self._bytes_of[tenant] + num_bytes > self._max_bytes_of_tenant:
+                raise uploads_busy()
+            self._bytes_of[tenant] += num_bytes
+            num_held += num_bytes
+
         try:
-            yield
+            yield take
         finally:
-            self._bytes_of -= Counter({tenant: num_bytes})  # drops the tenant when nothing is left
+            self._bytes_of -= Counter({tenant: num_held})  # drops the tenant when nothing is left
 
     @asynccontextmanager
     async def taken(self, tenant: str) -> AsyncIterator[None]:

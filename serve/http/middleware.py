@@ -11,8 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.http.arriving import no_more_than
 from serve.http.errors import (
-    DATABASE_FAILURES,
     ServeError,
     body_too_large,
     error_response,
@@ -21,6 +21,7 @@ from serve.http.errors import (
 )
 from serve.http.tenants import Tenants
 from serve.logs import about
+from serve.store.database import DATABASE_AWAY
 from serve.traces import Traces
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Authentication:
             except ServeError as error:
                 await error_response(error)(scope, receive, send)
                 return
-            except DATABASE_FAILURES as error:
+            except DATABASE_AWAY as error:
                 logger.error("a key could not be looked up: the database failed: %s", type(error).__name__)
                 await error_response(storage_unavailable())(scope, receive, send)
                 return
@@ -147,14 +148,4 @@ class BodyLimit:
         if declared.isdecimal() and int(declared) > self._max_bytes:
             await error_response(body_too_large(self._max_bytes))(scope, receive, send)
             return
-        num_received = 0
-
-        async def limited() -> Message:
-            nonlocal num_received
-            message = await receive()
-            num_received += len(message.get("body", b""))
-            if num_received > self._max_bytes:
-                raise body_too_large(self._max_bytes)
-            return message
-
-        await self._app(scope, limited, send)
+        await self._app(scope, no_more_than(self._max_bytes, receive, body_too_large), send)

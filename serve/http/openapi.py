@@ -36,18 +36,19 @@ CODES: Mapping[int, Sequence[str]] = {
         "media_url_too_slow", "media_url_unexpected_encoding", "media_url_unexpected_status", "media_url_unreachable",
         "missing_conditioning", "missing_field", "missing_position", "moderation_refused", "not_a_clip",
         "not_supported", "one_video", "out_of_range", "position_out_of_range", "prompt_too_long", "size_too_large",
-        "size_too_small", "too_many_inputs", "too_many_tokens", "too_short", "unexpected_file", "unknown_expert",
-        "unknown_field", "unsupported_media", "unused_input",
+        "size_too_small", "too_many_inputs", "too_many_tokens", "too_many_values", "too_short", "unexpected_file",
+        "unknown_expert", "unknown_field", "unsupported_media", "unused_input",
     ),
     401: ("invalid_api_key",),
     403: ("tenant_erased",),
     404: ("content_expired", "model_not_found", "unknown_route", "variant_not_found", "video_not_found"),
     405: ("method_not_allowed",),
+    408: ("upload_too_slow",),
     409: (
         "already_finished", "cancelled", "idempotency_key_reused", "video_not_ready",
         "the code of the failure of a job that has failed",
     ),
-    413: ("body_too_large",),
+    413: ("body_too_large", "fields_too_large"),
     415: ("unsupported_content_type",),
     416: ("range_not_satisfiable",),
     429: (
@@ -57,7 +58,7 @@ CODES: Mapping[int, Sequence[str]] = {
     500: ("internal_error",),
     503: (
         "decoding_busy", "decoding_unavailable", "moderation_unavailable", "storage_unavailable",
-        "too_many_streams", "uploads_busy",
+        "too_many_streams", "unreadable_job", "uploads_busy",
     ),
 }  # fmt: skip
 """Every code an answer may carry, by status."""
@@ -67,6 +68,7 @@ _MEANING = {
     401: "No valid key.",
     403: "The tenant was erased.",
     404: "It does not exist, or is another tenant's.",
+    408: "The body stopped coming, or came too slowly.",
     409: "Not in the state this needs.",
     413: "More bytes than are read.",
     415: "Neither multipart nor JSON.",
@@ -77,9 +79,9 @@ _MEANING = {
 }
 _ALWAYS = (500, 503)
 _ERRORS: Mapping[tuple[str, str], Sequence[int]] = {
-    ("/v1/videos", "post"): (400, 403, 404, 409, 413, 415, 429),
+    ("/v1/videos", "post"): (400, 403, 404, 408, 409, 413, 415, 429),
     ("/v1/videos", "get"): (400,),
-    ("/v1/videos/extensions", "post"): (400, 403, 404, 409, 413, 415, 429),
+    ("/v1/videos/extensions", "post"): (400, 403, 404, 408, 409, 413, 415, 429),
     ("/v1/videos/edits", "post"): (400, 413),
     ("/v1/videos/characters", "post"): (400, 413),
     ("/v1/videos/characters/{character_id}", "get"): (400,),

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.http.arriving import paced
 from serve.http.content import Variant, content_head, content_response, finished_artifact
 from serve.http.errors import ErrorBody, ServeError
 from serve.http.gateway import Gateway
@@ -52,9 +53,9 @@ def _body(media_field: str) -> Callable[[Request], AsyncIterator[IncomingBody]]:
     async def read(request: Request) -> AsyncIterator[IncomingBody]:
         gateway = await _gateway(request)
         uploads, room, tenant = gateway.config.uploads, gateway.media.room, request.state.tenant
-        declared = request.headers.get("content-length", "")
-        with room.held(tenant, int(declared) if declared.isdecimal() else uploads.max_body_bytes):
-            body = await read_body(request, media_field, uploads.max_inputs, uploads.max_body_bytes)
+        with room.held(tenant) as take:
+            arriving = Request(request.scope, paced(request.receive, take))
+            body = await read_body(arriving, media_field, uploads.max_inputs, uploads.max_body_bytes)
             if not body.media:
                 yield body
                 return
@@ -211,6 +212,7 @@ def stream_events(
     gateway: TheGateway,
     tenant: Tenant,
     video_id: str,
+    request: Request,
     last_event_id: Annotated[str | None, Header(description="Id of the last event that was received.")] = None,
 ) -> Response:
     """How far a video is, as server-sent events, until it ends.
@@ -219,7 +221,7 @@ def stream_events(
     for, and at last ``completed``, ``failed``, ``cancelled`` or ``deleted``. A client that was cut off goes on
     from ``Last-Event-ID``, at any gateway.
     """
-    return gateway.events(tenant, video_id, last_event_id)
+    return gateway.events(tenant, video_id, last_event_id, request.headers.get("authorization"))
 
 
 @router.get("/v1/usage")

@@ -17,6 +17,8 @@ from serve.http.fetch import FetchError, check_url
 from serve.policy.priority import Priority
 
 MAX_NAME_SHOWN = 80
+MAX_CONDITIONING = 256
+"""Entries; each stands for a latent frame of its own. Checked first: every entry that is wrong costs an error."""
 PRIVATE_FIELDS = ("prompt", "negative_prompt", "webhook")
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -112,7 +114,7 @@ def _webhook(url: str | None) -> str | None:
 class PusaBody(Closed):
     """Our own parameters: the JSON part named ``pusa``, or plain fields of a JSON body."""
 
-    conditioning: list[ConditioningBody] = []
+    conditioning: Annotated[list[ConditioningBody], Field(max_length=MAX_CONDITIONING)] = []
     """Where uploaded images and clips go; one image alone: the start."""
     num_inference_steps: Whole | None = None
     """Denoising steps."""
@@ -192,7 +194,7 @@ class VideoBody(Closed):
             return cls.model_validate(fields)
         except ValidationError as error:
             # A misspelt field explains a missing one, so it is named first.
-            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+            first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
             raise _explain(first) from error
 
 

@@ -10,7 +10,8 @@ import hashlib
 import time
 from collections.abc import Callable
 
-from serve.http.errors import unauthenticated
+from serve.http.errors import ServeError, unauthenticated
+from serve.store.database import DATABASE_AWAY
 from serve.store.keys import PREFIX
 
 LOCAL = "local"
@@ -35,6 +36,15 @@ class Tenants:
         self._tenant_of_key = tenant_of_key
         self._clock = clock
         self._known: dict[bytes, tuple[str, float]] = {}
+
+    async def is_still(self, tenant: str, authorization: str | None) -> bool:
+        """Whether an Authorization header that was the tenant's still is; yes while the database cannot say."""
+        try:
+            return await self.authenticate(authorization) == tenant
+        except ServeError:
+            return False
+        except DATABASE_AWAY:  # nor is there anything new to tell
+            return True
 
     async def authenticate(self, authorization: str | None) -> str:
         """The tenant of an Authorization header.

@@ -3,6 +3,9 @@
 The stock client always sends multipart; people and other clients send JSON. Both say the same things:
 plain fields, our own under ``pusa``, and media as files, as data URLs, or (for an extension) as the id
 of a video made here. Media by URL is only noted here: see ``serve.http.media``.
+
+What is not media is bounded before it is parsed or checked: one body must not stop the event loop, on which
+every other request is answered, nor take many times its size of memory.
 """
 
 import asyncio
@@ -17,11 +20,18 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 
 from pusa_dist.errors import RequestError
-from serve.http.errors import ServeError
+from serve.http.arriving import no_more_than
+from serve.http.errors import ServeError, fields_too_large
 from serve.http.schemas import PusaBody, unknown_field
 
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+URLENCODED = "application/x-www-form-urlencoded"
+FORMS = ("multipart/form-data", URLENCODED)
 MAX_PARTS = 1000
+MAX_FIELDS_BYTES = 256 * 1024
+"""Of all that is not media: several times the longest prompts, percent-encoded."""
+MAX_VALUES = 4000
+"""Objects, lists and members in JSON."""
+MAX_NUMBER_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,8 @@ async def read_body(request: Request, media_field: str, max_inputs: int, max_byt
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type in FORMS:
+        if content_type == URLENCODED:  # carries no files, and is decoded on the event loop
+            request = Request(request.scope, no_more_than(MAX_FIELDS_BYTES, request.receive, fields_too_large))
         async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=max_bytes) as form:
             body = await _from_form(form, media_field)
     elif content_type == "application/json":
@@ -106,19 +118,50 @@ async def read_body(request: Request, media_field: str, max_inputs: int, max_byt
 
 
 def parse_json(text: str | bytes, param: str | None) -> Any:
-    """Strict JSON: no NaN, no key twice in an object.
+    """Strict JSON of a bounded number of values: no NaN, no key twice in an object.
 
     Raises:
         RequestError: the text is not that.
     """
+    raw = text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
+    # No value comes without one of these before it, and base64 has none of them: media count for nothing.
+    num_values = sum(raw.count(mark) for mark in b",[{")
+    if num_values > MAX_VALUES:
+        raise RequestError(
+            f"{param or 'the body'} holds {num_values} commas and opening brackets; send at most {MAX_VALUES}",
+            param,
+            "too_many_values",
+        )
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_short_float, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{param or 'the body'} is not valid JSON: {error}", param, "invalid_json") from error
 
 
+def _check_size(fields: dict[str, Any]) -> None:
+    """Refuse fields that are too long together; without recursion, for they may be deep."""
+    left: list[Any] = [fields]
+    num_bytes = 0
+    while left:
+        match left.pop():
+            case str(text):
+                num_bytes += len(text)
+            case dict(members):
+                left += [*members, *members.values()]
+            case list(members):
+                left += members
+    if num_bytes > MAX_FIELDS_BYTES:
+        raise fields_too_large(MAX_FIELDS_BYTES)
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+def _short_float(text: str) -> float:
+    if len(text) > MAX_NUMBER_LENGTH:
+        raise ValueError(f"a number of {len(text)} characters; use at most {MAX_NUMBER_LENGTH}")
+    return float(text)
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,6 +194,7 @@ async def _from_form(form: FormData, media_field: str) -> IncomingBody:
             )
         else:
             fields[name] = value
+    _check_size(fields)
     if "pusa" in fields:
         fields["pusa"] = await asyncio.to_thread(parse_json, fields["pusa"], "pusa")
     return IncomingBody(fields, tuple(media))
@@ -169,6 +213,7 @@ def _from_json(raw: bytes, media_field: str) -> IncomingBody:
     if not isinstance(fields, dict):
         raise RequestError("the body is not a JSON object; send {...}", None, "invalid_json")
     references = fields.pop(media_field, None)
+    _check_size(fields)
     media = [] if references is None else list(_from_references(references, media_field))
     pusa = fields.pop("pusa", None)
     if isinstance(pusa, str):

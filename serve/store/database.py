@@ -15,7 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from pusa_dist.errors import ConfigError
 from serve.store.migrate import migrate
@@ -25,6 +26,9 @@ ANSWER_S = 15.0
 """A statement that takes longer, waiting for another's lock included, is given up: the database counts as away."""
 LONG_ANSWER_S = 3600.0
 """The same for what goes through whole tables: migrations and backups."""
+DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
+"""What a statement without a fault meets: no connection, a server that goes down, or one that has just become a
+standby and takes no writes (``InternalError``)."""
 
 
 class Database:
@@ -76,6 +80,18 @@ class Database:
         """
         with self._one_writer, (self._durable if durably else self._engine).begin() as connection:
             yield connection
+
+    def empty_log(self) -> bool:
+        """Empty SQLite's write-ahead log, which still spells what was removed; elsewhere there is none.
+
+        Returns:
+            False: somebody was reading all the while, and it is as it was.
+        """
+        if self._engine.dialect.name != "sqlite":
+            return True
+        with self._engine.connect() as connection:
+            is_busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+        return not is_busy
 
     def close(self) -> None:
         """Close every connection."""

@@ -1,42 +1,61 @@
 """What is to be forgotten: jobs past their time, leftovers of ended jobs, and tenants who leave.
 
-Files go before the row that names them: a removal that stops half way is found again by its row.
+Files go before the row that names them: a removal that stops half way is found again by its row. Only the
+columns that this needs are read, so that what another version wrote is forgotten like everything else.
 """
 
-import logging
-from collections.abc import Collection
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+from sqlalchemy import and_, delete, or_, select, update
 
 from serve.policy.quota import Quota
 from serve.store.audit import record
 from serve.store.database import Database
-from serve.store.job import UNREADABLE, Job, job_from_row
+from serve.store.job import UNREADABLE
 from serve.store.tables import deliveries, identity, jobs, keys, request_counts, tenants, usage
 from serve.store.tenants import lock_tenant, new_webhook_secret
-
-logger = logging.getLogger(__name__)
 
 FINAL = ("completed", "failed", "cancelled")
 NOBODY = ""
 """Whose the jobs of erased tenants are until their files are gone: no tenant can have this name."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedJob:
+    """A job that has ended, as far as its files go."""
+
+    id: str
+    published: frozenset[str] | None
+    """Keys of what is kept until it expires: what it was given, and what it made. None: its row does not say."""
+
+
 class Expiry(Database):
     """What the sweeper and the command that erases a tenant ask of the database."""
 
-    def expired_jobs(self, now: float, limit: int, but_not: Collection[str] = ()) -> list[Job]:
+    def expired_jobs(self, now: float, limit: int, but_not: Collection[str] = ()) -> list[str]:
         """Ended jobs whose time is over, or whose tenant was erased, but not these; longest over first."""
         over = or_(jobs.c.expires_at < now, jobs.c.tenant == NOBODY)
         wanted = and_(jobs.c.status.in_(FINAL), over, jobs.c.id.not_in(list(but_not)))
-        return self._jobs(wanted, jobs.c.expires_at, limit)
+        query = select(jobs.c.id).where(wanted).order_by(jobs.c.expires_at, jobs.c.id).limit(limit)
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
 
-    def unswept_jobs(self, ended_before: float, limit: int, but_not: Collection[str] = ()) -> list[Job]:
-        """Ended jobs, but not these, whose dead attempts' files nobody has removed yet."""
+    def erased_jobs(self, limit: int) -> list[str]:
+        """Jobs of erased tenants; all of them have ended."""
+        query = select(jobs.c.id).where(jobs.c.tenant == NOBODY, jobs.c.status.in_(FINAL)).limit(limit)
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    def unswept_jobs(self, ended_before: float, limit: int, but_not: Collection[str] = ()) -> list[EndedJob]:
+        """Ended jobs, but not these, whose dead attempts' files nobody has removed yet; longest ended first."""
         ended = and_(jobs.c.status.in_(FINAL), jobs.c.completed_at < ended_before)
         unswept = and_(ended, jobs.c.is_swept.is_(False), jobs.c.id.not_in(list(but_not)))
-        return self._jobs(unswept, jobs.c.completed_at, limit)
+        query = select(jobs.c.id, jobs.c.inputs, jobs.c.results, jobs.c.preview_key).where(unswept)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(jobs.c.completed_at, jobs.c.id).limit(limit)).mappings().all()
+        return [EndedJob(id=row["id"], published=_published(row)) for row in rows]
 
     def mark_swept(self, job_id: str) -> None:
         """Only what the job publishes is left of its files."""
@@ -90,14 +109,10 @@ class Expiry(Database):
             connection.execute(update(tenants).where(tenants.c.name == name).values(erased_at=now, **anew))
             record(connection, now, actor, "tenant.erase", name, {"jobs_stopped": num_stopped})
 
-    def _jobs(self, which: ColumnElement[bool], order: ColumnElement[float | None], limit: int) -> list[Job]:
-        query = select(jobs).where(which).order_by(order, jobs.c.id).limit(limit)
-        with self._engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
-        found = []
-        for row in rows:
-            try:
-                found.append(job_from_row(row))
-            except UNREADABLE:  # another version's: it must not keep the others
-                logger.warning("job %s: its row cannot be read, so it is left to the version that can", row["id"])
-        return found
+
+def _published(row: Mapping[Any, Any]) -> frozenset[str] | None:
+    try:
+        keys = {one["key"] for one in [*row["inputs"], *row["results"].values()]}
+    except UNREADABLE:  # another version's
+        return None
+    return frozenset(keys if row["preview_key"] is None else keys | {row["preview_key"]})

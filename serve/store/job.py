@@ -17,6 +17,14 @@ UNREADABLE = (AttributeError, KeyError, TypeError, ValueError)
 JOB_ID_PATTERN = r"^video_[0-9a-f]{34}$"
 
 
+class UnreadableRowError(ValueError):
+    """A job whose row another version wrote, so that this one cannot say what it holds."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(job_id)
+        self.job_id = job_id
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredInput:
     """One uploaded image or clip, as kept in the artifact store."""
@@ -131,9 +139,16 @@ def new_job_id(created_at: float) -> str:
 
 
 def job_from_row(row: Mapping[Any, Any]) -> Job:
-    """The value of a row of the table ``jobs``."""
+    """The value of a row of the table ``jobs``.
+
+    Raises:
+        UnreadableRowError: it is another version's.
+    """
     values = {item.name: row[item.name] for item in fields(Job)}
-    values["request"] = GenerationRequest.from_dict(values["request"])
-    values["inputs"] = tuple(StoredInput(**one) for one in values["inputs"])
-    values["results"] = {variant: Artifact(**one) for variant, one in values["results"].items()}
-    return Job(**values)
+    try:
+        values["request"] = GenerationRequest.from_dict(values["request"])
+        values["inputs"] = tuple(StoredInput(**one) for one in values["inputs"])
+        values["results"] = {variant: Artifact(**one) for variant, one in values["results"].items()}
+        return Job(**values)
+    except UNREADABLE as error:
+        raise UnreadableRowError(row["id"]) from error

@@ -4,11 +4,12 @@ A job is ``queued``, then ``in_progress`` under one *attempt* at a time, then ``
 or ``cancelled`` for good.
 """
 
-from collections.abc import Collection
-from dataclasses import asdict, fields
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, fields, replace
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, select, true, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, case, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from serve.policy.cost import Backlog
@@ -25,6 +26,7 @@ from serve.store.job import (
     Stage,
     Status,
     StoredInput,
+    UnreadableRowError,
     job_from_row,
     new_job_id,
 )
@@ -45,8 +47,11 @@ __all__ = [
     "Status",
     "StoredInput",
     "UnknownTenantError",
+    "UnreadableRowError",
     "new_job_id",
 ]
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = Quota()
 
@@ -70,6 +75,27 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
     concern each.
     """
 
+    def ask(self, tenant: str, quota: Quota) -> None:
+        """Count that a tenant asks for a job, whatever becomes of it, and refuse what is over quota as it stands.
+
+        For before anything expensive is done for the job; ``create`` has the last word. A tenant without limits
+        is not counted.
+
+        Raises:
+            QuotaExceededError: over quota, whatever the job holds.
+            UnknownTenantError: the tenant was erased.
+        """
+        if quota == _UNLIMITED:
+            return
+        now = self._clock()
+        with self._writing() as connection:
+            lock_tenant(connection, tenant, now)
+            use = _use(connection, tenant, now)
+            count_request(connection, tenant, now)
+        refusal = check(quota, use, cost=0.0, num_tokens=0, now=now)
+        if refusal is not None:
+            raise QuotaExceededError(refusal)
+
     def create(self, job: Job, quota: Quota = _UNLIMITED, *, repeats_since: float | None = None) -> None:
         """Keep a new job, if the tenant may have it; when this returns it is on disk.
 
@@ -84,7 +110,7 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
 
         Raises:
             DuplicateKeyError: another job of the tenant has its idempotency key, or is the same request's.
-            QuotaExceededError: over quota; nothing was kept but that it was asked for.
+            QuotaExceededError: over quota; nothing was kept. The requests of a minute are ``ask``'s to look at.
             UnknownTenantError: the tenant was erased.
         """
         now = self._clock()
@@ -95,8 +121,8 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             refusal = None
             if quota != _UNLIMITED:
                 use = _use(connection, job.tenant, now)
-                refusal = check(quota, use, cost=job.cost, num_tokens=job.request.num_tokens, now=now)
-            count_request(connection, job.tenant, now)
+                others = replace(quota, requests_per_minute=None)
+                refusal = check(others, use, cost=job.cost, num_tokens=job.request.num_tokens, now=now)
             if refusal is None:
                 _insert(connection, job)
                 count(connection, job.tenant, now, requests=1)
@@ -104,7 +130,11 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
             raise QuotaExceededError(refusal)
 
     def get(self, tenant: str, job_id: str) -> Job | None:
-        """A tenant's job, or None: another tenant's job does not exist."""
+        """A tenant's job, or None: another tenant's job does not exist.
+
+        Raises:
+            UnreadableRowError: another version wrote it.
+        """
         with self._engine.connect() as connection:
             row = connection.execute(select(jobs).where(_owned(tenant, job_id))).mappings().one_or_none()
         return None if row is None else job_from_row(row)
@@ -140,25 +170,34 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
     def page(self, tenant: str, after: str | None, limit: int, order: Literal["asc", "desc"]) -> tuple[list[Job], bool]:
         """Up to ``limit`` jobs beyond the id ``after`` by age, and whether there are more.
 
-        The job ``after`` need not exist (any more).
+        The job ``after`` need not exist (any more). Jobs that another version wrote, and this one cannot read,
+        are left out.
         """
-        query = select(jobs).where(jobs.c.tenant == tenant)
-        if after is not None:
-            query = query.where(jobs.c.id > after if order == "asc" else jobs.c.id < after)
-        by_age = jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()
+        found: list[Job] = []
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(by_age).limit(limit + 1)).mappings().all()
-        return [job_from_row(row) for row in rows[:limit]], len(rows) > limit
+            for row in _by_age(connection, tenant, after, limit + 1, order):
+                try:
+                    found.append(job_from_row(row))
+                except UnreadableRowError:
+                    logger.warning("job %s: its row cannot be read, and it is left out of a list", row["id"])
+                if len(found) > limit:
+                    break
+        return found[:limit], len(found) > limit
 
-    def delete(self, tenant: str, job_id: str) -> Job | None:
-        """Forget a job; one in progress is thereby cancelled. Its artifacts are the caller's to delete."""
-        job = self.get(tenant, job_id)
+    def delete(self, tenant: str, job_id: str) -> bool:
+        """Forget a job, if there is one, whichever version wrote it; its artifacts are the caller's to delete.
+
+        One in progress is thereby cancelled.
+        """
         with self._writing(durably=True) as connection:
-            found = connection.execute(delete(jobs).where(_owned(tenant, job_id))).rowcount == 1
-        return job if found else None
+            return connection.execute(delete(jobs).where(_owned(tenant, job_id))).rowcount == 1
 
     def request_cancel(self, tenant: str, job_id: str) -> Job | None:
-        """Cancel a queued job at once; ask for one in progress; leave a finished one as it is."""
+        """Cancel a queued job at once; ask for one in progress; leave a finished one as it is.
+
+        Raises:
+            UnreadableRowError: another version wrote it; its cancellation is asked for all the same.
+        """
         now = self._clock()
         live = and_(_owned(tenant, job_id), jobs.c.status.in_(("queued", "in_progress")))
         # One statement for both: between two, a job may be put back in the queue, and neither would find it.
@@ -216,6 +255,21 @@ class JobStore(Attempts, Tenants, Keys, UsageLedger, Deliveries, Expiry, AuditLo
         with self._engine.connect() as connection:
             row = connection.execute(query).mappings().one_or_none()
         return None if row is None else job_from_row(row)
+
+
+def _by_age(
+    connection: Connection, tenant: str, after: str | None, num_rows: int, order: Literal["asc", "desc"]
+) -> Iterator[RowMapping]:
+    """Rows of the tenant's jobs beyond ``after``, read ``num_rows`` at a time as far as they are wanted."""
+    query = select(jobs).where(jobs.c.tenant == tenant)
+    query = query.order_by(jobs.c.id.asc() if order == "asc" else jobs.c.id.desc()).limit(num_rows)
+    while True:
+        beyond = true() if after is None else jobs.c.id > after if order == "asc" else jobs.c.id < after
+        rows = connection.execute(query.where(beyond)).mappings().all()
+        yield from rows
+        if len(rows) < num_rows:
+            return
+        after = rows[-1]["id"]
 
 
 def _cost_left() -> ColumnElement[float]:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 from sqlalchemy import insert, select, update
 
+from pusa_dist.errors import ConfigError
 from serve.store.audit import record
 from serve.store.database import Database
 from serve.store.tables import keys
 from serve.store.tenants import check_name, lock_tenant
 
 PREFIX = "pusa_"
+MAX_LABEL_LENGTH = 255
+"""What the column takes; SQLite would take more, and PostgreSQL would then refuse the backup."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +42,13 @@ class Keys(Database):
             Its id, and the key itself: nobody can read it again.
 
         Raises:
-            ConfigError: a bad name of a tenant.
+            ConfigError: a bad name of a tenant, or a bad label.
         """
         check_name(tenant)
+        if len(label) > MAX_LABEL_LENGTH or not label.isprintable():
+            raise ConfigError(
+                f"label {label[:40]!r} of {len(label)} characters: use at most {MAX_LABEL_LENGTH}, all printable"
+            )
         key_id, secret = f"key_{secrets.token_hex(6)}", PREFIX + secrets.token_urlsafe(32)
         values = {"id": key_id, "tenant": tenant, "digest": _digest(secret), "label": label}
         with self._writing(durably=True) as connection:

@@ -16,6 +16,8 @@ from serve.store.audit import record
 from serve.store.database import Database, upsert
 from serve.store.tables import tenants
 
+MAX_LIMIT = 2**31 - 1
+"""Of every quota: what an integer column takes. SQLite would take more, and PostgreSQL then refuse the backup."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -73,11 +75,14 @@ class Tenants(Database):
             actor: who does this, for the audit log.
 
         Raises:
-            ConfigError: a bad name or weight.
+            ConfigError: a bad name, weight or limit.
         """
         check_name(name)
         if weight is not None and not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"weight={weight:g} of tenant {name}: give a number above 0")
+        for limit, value in (limits or {}).items():
+            if value is not None and not 0 <= value <= MAX_LIMIT:
+                raise ConfigError(f"{limit}={value} of tenant {name}: give 0 to {MAX_LIMIT}, or none for no limit")
         changes: dict[str, Any] = {} if weight is None else {"weight": weight}
         changes |= dict(limits or {})
         # The audit log says that the secret changed, never what to.

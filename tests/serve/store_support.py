@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from sqlalchemy import update
+
 from pusa_dist.request import Conditioning, GenerationRequest
 from serve.store.jobs import Job, JobStore, StoredInput, new_job_id
+from serve.store.tables import jobs
 
 LEASE_S = 10.0
 
@@ -69,3 +72,10 @@ def job_of(store: JobStore, job: Job) -> Job:
     found = store.get(job.tenant, job.id)
     assert found is not None
     return found
+
+
+def made_by_another_version(store: JobStore, job_id: str, **values: Any) -> None:
+    """Have the job's row say what this version cannot read."""
+    foreign = {"request": {"of": "another version"}, **values}
+    with store._engine.begin() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(foreign))

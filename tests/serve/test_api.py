@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError
 
 from tests.serve.api_support import ABSENT, Service, data_url, error_of, mp4, png
 
@@ -277,14 +277,21 @@ def test_an_upload_that_finds_the_disk_full_is_refused_and_leaves_nothing(
     assert (service.stored_files(), service.store.counts()) == ([], {})
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT", {}, Exception("database is locked")),
+        InternalError("SELECT", {}, Exception("cannot execute UPDATE in a read-only transaction")),
+    ],
+)
 def test_a_database_that_does_not_answer_is_a_503_and_the_service_goes_on(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    service: Service, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def locked(*_: Any) -> None:
-        raise OperationalError("SELECT", {}, Exception("database is locked"))
+    def away(*_: Any) -> None:
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(service.gateway._store, "page", locked)
+        patch.setattr(service.gateway._store, "page", away)
         answer = service.client.get("/v1/videos")
     assert (answer.status_code, error_of(answer)["code"]) == (503, "storage_unavailable")
     assert service.client.get("/v1/videos").status_code == 200

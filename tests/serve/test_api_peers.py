@@ -1,7 +1,15 @@
 """The faults of peers, as numbered in the contract: each is a test for us. Requests sent again are among them."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from fastapi.testclient import TestClient
+
+from serve.config import ServeConfig
+from serve.http.api import create_api
+from serve.http.gateway import Gateway
+from serve.http.repeats import Origin
+from serve.http.uploads import IncomingBody
 from tests.serve.api_support import Service, error_of, open_service, png, pusa
 
 
@@ -101,6 +109,37 @@ def test_peer_fault_10_a_retry_of_the_client_makes_no_second_job(service: Servic
     assert send("9" * 5000) == first
     assert send("0") != first
     assert send("1", prompt="another") != first
+
+
+def test_the_last_retry_of_a_client_that_waited_for_each_answer_makes_no_second_job(tmp_path: Path) -> None:
+    now = 1_800_000_000.0
+
+    async def ready() -> dict[str, bool]:
+        return {}
+
+    gateway = Gateway(ServeConfig(state_dir=str(tmp_path)), ready, clock=lambda: now)
+    with TestClient(create_api(gateway)) as client:
+
+        def send(at: float, retries: int) -> str:
+            nonlocal now
+            now = 1_800_000_000.0 + at
+            headers = {"x-stainless-retry-count": str(retries)}
+            return client.post("/v1/videos", json={"prompt": "a"}, headers=headers).json()["id"]
+
+        first = send(0, 0)
+        # Ten minutes for each answer, and a pause before the next attempt.
+        assert [send(601, 1), send(1202, 2)] == [first, first]
+        assert send(4000, 1) != first
+    gateway.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "counted"), [("", 0), ("0", 0), ("-1", 0), ("1x", 0), ("02", 2), ("11", 10), ("9" * 5000, 10)]
+)
+def test_how_far_back_a_retry_looks_is_bounded(text: str, counted: int) -> None:
+    origin = Origin.of("create", {"x-stainless-retry-count": text}, IncomingBody({}, ()), 10_000.0)
+    assert (origin.num_retries, origin.is_retry) == (counted, counted > 0)
+    assert origin.repeats_since == 10_000.0 - 900.0 * counted
 
 
 def test_an_idempotency_key_makes_one_job_and_cannot_be_used_for_another(service: Service) -> None:

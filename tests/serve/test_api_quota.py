@@ -68,6 +68,21 @@ def test_too_many_requests_a_minute_say_when_the_next_minute_begins(service: Ser
     assert abs((time.time() + wait) % 60 - 0.5) <= 1.5
 
 
+def test_what_is_refused_for_what_it_says_or_holds_is_a_request_of_its_minute_too(service: Service) -> None:
+    if time.time() % 60 > 50:
+        time.sleep(11)
+    service.store.set_tenant("local", limits=asdict(Quota(requests_per_minute=3)))
+    assert post(service, size="odd").status_code == 400
+    damaged = {"input_reference": ("a.png", png()[:-2000])}
+    assert service.client.post("/v1/videos", data={"prompt": "a"}, files=damaged).status_code == 400
+    first = post(service)
+    assert first.status_code == 200
+    assert refusal(post(service))[0] == "rate_limit_exceeded"
+    # A repetition is no request of its own.
+    again = service.client.post("/v1/videos", json={"prompt": "a"}, headers={"x-stainless-retry-count": "1"})
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
+
+
 def test_a_day_that_is_used_up_is_not_retried_by_itself_but_says_when_it_ends(service: Service) -> None:
     service.store.set_tenant("local", limits=asdict(Quota(cost_per_day=50.0)))
     assert [post(service).status_code for _ in range(2)] == [200, 200]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from serve.http.schemas import PusaBody
+from pusa_dist.errors import RequestError
+from serve.http.schemas import PusaBody, VideoBody
 from tests.serve.api_support import Service, animated_gif, blank_png, mp4, open_service, png, pusa
 
 
@@ -19,7 +21,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield opened
 
 
-def form(files: list[tuple[str, tuple[str, bytes]]] | None = None, /, **fields: Any) -> dict[str, Any]:
+def form(files: list[tuple[str, tuple[str | None, str | bytes]]] | None = None, /, **fields: Any) -> dict[str, Any]:
     return {"data": {"prompt": "a cat", **fields}, "files": files}
 
 
@@ -27,7 +29,7 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"json": {"prompt": "a cat", **fields}}
 
 
-def image(data: bytes, name: str = "a.png") -> list[tuple[str, tuple[str, bytes]]]:
+def image(data: bytes, name: str = "a.png") -> list[tuple[str, tuple[str | None, str | bytes]]]:
     return [("input_reference", (name, data))]
 
 
@@ -84,6 +86,18 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "empty prompt": (body(prompt=""), "empty_prompt", "prompt", "describe the video"),
     "blank prompt": (body(prompt=" \n"), "empty_prompt", "prompt", "describe the video"),
     "prompt of 100 kB": (body(prompt="x" * 100_000), "prompt_too_long", "prompt", "shorten it"),
+    "prompt of 300 kB": (body(prompt="x" * 300_000), "fields_too_large", None, "shorten them"),
+    "prompt of 300 kB in a form": (form(prompt="x" * 300_000), "fields_too_large", None, "shorten them"),
+    "prompt of 300 kB beside a file": (form(image(png()), prompt="x" * 300_000), "fields_too_large", None, "shorten"),
+    "prompt of 300 kB, percent-encoded": (
+        {
+            "content": b"prompt=" + b"%41" * 100_000,
+            "headers": {"content-type": "application/x-www-form-urlencoded"},
+        },
+        "fields_too_large",
+        None,
+        "multipart/form-data",
+    ),
     "prompt of 100 kB in a form": (form(prompt="x" * 100_000), "prompt_too_long", "prompt", "shorten it"),
     "prompt of 600 tokens": (body(prompt="x" * 600), "prompt_too_long", "prompt", "512"),
     "negative prompt of 600 tokens": (
@@ -109,6 +123,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "51 steps": (form(pusa=pusa(num_inference_steps=51)), "out_of_range", "pusa.num_inference_steps", "use 1 to 50"),
     "guidance of NaN": (raw('{"prompt": "a", "guidance_scale": NaN}'), "invalid_json", None, "NaN"),
     "shift of infinity": (raw('{"prompt": "a", "shift": 1e999}'), "invalid_value", "pusa.shift", "finite"),
+    "shift of 1000 digits": (raw(f'{{"prompt": "a", "shift": 1.{"1" * 1000}}}'), "invalid_json", None, "use at most"),
     "negative seed": (body(seed=-1), "out_of_range", "pusa.seed", "use 0"),
     "seed of 70 bits": (body(seed=2**70), "out_of_range", "pusa.seed", "use 0"),
     "lora_alpha of 9": (body(lora_alpha=9), "out_of_range", "pusa.lora_alpha", "use 0.1"),
@@ -273,7 +288,21 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
     "list in pusa": (form(pusa="[1]"), "invalid_type", "pusa", "JSON object"),
     "pusa as form fields": (form(**{"pusa[seed]": "1"}), "invalid_json", "pusa", "json.dumps"),
     "key twice in pusa": (form(pusa='{"seed": 1, "seed": 2}'), "invalid_json", "pusa", "'seed' is given twice"),
-    "very deep pusa": (form(pusa="[" * 100_000), "invalid_json", "pusa", "not valid JSON"),
+    "very deep pusa": (form(pusa="[" * 3_000), "invalid_json", "pusa", "not valid JSON"),
+    "pusa of very many lists": (form(pusa="[" * 50_000), "too_many_values", "pusa", "at most 4000"),
+    "body of very many values": (
+        raw('{"prompt": "a", "pusa": {"conditioning": [' + "1," * 500_000 + "1]}}"),
+        "too_many_values",
+        None,
+        "at most 4000",
+    ),
+    "text in pusa of very many values": (body(pusa="[" + "{}," * 2_000), "too_many_values", None, "at most 4000"),
+    "more conditioning than any video has frames": (
+        body(conditioning=[{"position": n} for n in range(300)]),
+        "invalid_value",
+        "pusa.conditioning",
+        "at most 256",
+    ),
     "broken body": (raw("{"), "invalid_json", None, "not valid JSON"),
     "body that is no object": (raw("[]"), "invalid_json", None, "send {...}"),
     "body that is no UTF-8": (
@@ -295,7 +324,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str | None, str]] = {
         "application/json",
     ),
 }
-OTHER_STATUS = {"model_not_found": 404, "unsupported_content_type": 415}
+OTHER_STATUS = {"fields_too_large": 413, "model_not_found": 404, "unsupported_content_type": 415}
 
 
 @pytest.mark.parametrize("what", BAD)
@@ -340,11 +369,34 @@ def test_every_parameter_of_ours_is_accepted_where_its_value_is_good(service: Se
 
 
 def test_an_object_of_many_keys_and_one_twice_is_refused_quickly(service: Service) -> None:
-    keys = [f'"{index}": 0' for index in range(100_000)]
+    keys = [f'"{index}": 0' for index in range(3_000)]
     started = time.monotonic()
     answer = service.client.post("/v1/videos", **raw("{" + ", ".join([*keys, keys[-1]]) + "}"))
     assert answer.json()["error"]["code"] == "invalid_json"
     assert time.monotonic() - started < 10
+
+
+def test_a_body_of_very_many_values_is_not_even_parsed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.http.uploads.json.loads", lambda *args, **_: parsed.append(args))
+        answer = service.client.post("/v1/videos", **raw('{"prompt": "a", "x": [' + "{}," * 300_000 + "{}]}"))
+    assert (answer.json()["error"]["code"], parsed) == ("too_many_values", [])
+
+
+def test_a_list_that_is_too_long_is_one_error_and_not_one_for_every_entry() -> None:
+    with pytest.raises(RequestError) as caught:
+        VideoBody.parse({"prompt": "a", "pusa": {"conditioning": [1] * 100_000}})
+    assert caught.value.param == "pusa.conditioning"
+    assert isinstance(caught.value.__cause__, ValidationError)
+    assert caught.value.__cause__.error_count() == 1
+
+
+def test_a_prompt_may_have_many_commas_and_media_many_bytes(service: Service) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(png(640, 600)).decode()}"
+    answer = service.client.post("/v1/videos", **body(prompt="a, b, " * 60, input_reference={"image_url": url}))
+    assert answer.status_code == 200, answer.text
+    service.client.delete(f"/v1/videos/{answer.json()['id']}")
 
 
 def test_the_service_goes_on_after_all_of_it(service: Service) -> None:
@@ -391,7 +443,7 @@ def test_a_data_url_may_be_as_large_as_the_body(tmp_path: Path) -> None:
     with open_service(tmp_path) as service:
         url = f"data:image/png;base64,{base64.b64encode(png(640, 600)).decode()}"
         for answer in (
-            service.client.post("/v1/videos", **form(**{"input_reference[image_url]": url})),
+            service.client.post("/v1/videos", **form([("input_reference[image_url]", (None, url))])),
             service.client.post("/v1/videos", **body(input_reference={"image_url": url})),
         ):
             assert answer.status_code == 200, answer.text

@@ -108,7 +108,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_touched(
 
 
 def test_impossible_names_and_weights_are_said_in_a_line(store: JobStore, command: Command) -> None:
-    for arguments in (["tenants", "set", "red", "--weight", "0"], ["keys", "create", "a b"]):
+    for arguments in (
+        ["tenants", "set", "red", "--weight", "0"],
+        ["tenants", "set", "red", "--max-queued", str(2**31)],
+        ["keys", "create", "a b"],
+        ["keys", "create", "red", "--label", "x" * 256],
+    ):
         code, _, err = command(*arguments)
         assert code == 2
         assert err.startswith("serve: ")
@@ -146,6 +151,28 @@ def test_erasing_a_tenant_leaves_nothing_of_it_while_the_service_runs(
     store.close()
     text = b"a cat"
     assert text not in (tmp_path / "state/jobs.sqlite").read_bytes().replace(_spelt(other.id, tmp_path), b"")
+
+
+def test_erasing_a_tenant_leaves_nothing_in_the_log_of_the_database_either(
+    store: JobStore, command: Command, tmp_path: Path
+) -> None:
+    created(store, "red")
+    spelt = [path for path in (tmp_path / "state").glob("jobs.sqlite*") if b"a cat" in path.read_bytes()]
+    assert spelt
+    assert command("tenants", "erase", "red")[0] == 0
+    assert not [path for path in (tmp_path / "state").glob("jobs.sqlite*") if b"a cat" in path.read_bytes()]
+
+
+def test_a_log_that_somebody_reads_all_the_while_is_said_to_be_as_it_was(
+    store: JobStore, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created(store, "red")
+    monkeypatch.setattr("serve.store.database.BUSY_TIMEOUT_S", 0.1)
+    with store.snapshot() as reading:
+        reading.exec_driver_sql("SELECT * FROM jobs").all()
+        code, _, err = command("tenants", "erase", "red")
+    assert (code, "call this command again" in err) == (1, True)
+    assert command("tenants", "erase", "red")[0] == 0
 
 
 def _spelt(job_id: str, folder: Path) -> bytes:

@@ -223,6 +223,33 @@ def test_anothers_and_unknown_videos_have_no_events(service: Service) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "video_not_found")
 
 
+@pytest.mark.parametrize("notices", ["at the next change", "at the next sign of life"])
+def test_a_key_that_is_revoked_ends_the_streams_it_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notices: str
+) -> None:
+    monkeypatch.setattr("serve.http.tenants.MEMORY_S", 0.0)
+    if notices == "at the next sign of life":
+        monkeypatch.setattr(events_module, "KEEP_ALIVE_S", 0.2)
+    with open_service(tmp_path, require_keys=True) as service:
+        key_id, secret = service.store.create_key("red")
+        headers = {"Authorization": f"Bearer {secret}"}
+        video_id = service.client.post("/v1/videos", json={"prompt": "a"}, headers=headers).json()["id"]
+
+        def revoke() -> None:
+            service.store.revoke_key(key_id)
+            if notices == "at the next change":
+                service.store.claim(video_id, "test", 60.0)
+
+        with service.client.stream("GET", f"/v1/videos/{video_id}/events", headers=headers) as answer:
+            text = ""
+            for chunk in answer.iter_text():
+                text += chunk
+                if "event: progress" in chunk:
+                    revoke()
+        assert [data["state"] for _, _, data in parsed(text)] == ["queued"]
+        assert service.client.get(f"/v1/videos/{video_id}/events", headers=headers).status_code == 401
+
+
 # What a stream costs.
 
 

@@ -11,6 +11,8 @@ from pusa_dist.media.child import DecoderLostError
 from pusa_dist.media.decoders import DecodersBusyError
 from pusa_dist.request import MediaInfo
 from serve.config import UploadLimits
+from serve.http import arriving
+from serve.http.arriving import paced
 from serve.http.errors import ServeError
 from serve.http.fetch import FetchError
 from serve.http.media import PLACES_PER_TENANT, IncomingMedia, Room
@@ -122,17 +124,116 @@ def test_requests_with_media_wait_for_a_place_and_all_of_them_get_one(tenants, m
 
 
 def test_bodies_take_bounded_memory_and_a_tenant_only_a_part_of_it():
-    room = Room(10, places=4, per_tenant=1)
-    with room.held("a", 12), room.held("a", 8), room.held("b", 20):
-        for tenant in ("a", "c"):
-            with pytest.raises(ServeError) as caught, room.held(tenant, 1):
-                pass
+    room = Room(10, places=3, per_tenant=1)
+    with room.held("a") as take, room.held("a") as take_more, room.held("b") as take_rest, room.held("c") as take_last:
+        take(6)
+        take_more(4)
+        take_rest(10)
+        take_last(8)
+        for tenant, num_bytes in (("a", 1), ("d", 3)):
+            with room.held(tenant) as take_other, pytest.raises(ServeError) as caught:
+                take_other(num_bytes)
             assert (caught.value.status, caught.value.code) == (503, "uploads_busy")
             assert caught.value.retry_after_s
-    with pytest.raises(KeyError), room.held("a", 20):
-        raise KeyError
-    with room.held("a", 20), room.held("c", 20):
+        take_last(2)
+
+    def broken_off():
+        with room.held("a") as take:
+            take(10)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken_off()
+    with room.held("a") as take, room.held("c") as take_last:
+        take(10)
+        take_last(10)
         assert not (set(room._bytes_of) - {"a", "c"})
+
+
+def test_a_tenant_has_at_most_a_third_of_the_room():
+    room = Room(UploadLimits().max_body_bytes)
+    assert room._max_bytes_of_tenant * 3 <= room._max_bytes
+
+
+def chunks(*sizes, pause_s=0.0, then_vanish=False):
+    """``receive`` of a client that sends these chunks, and no end where it vanishes."""
+    left = list(sizes)
+
+    async def receive():
+        await asyncio.sleep(pause_s)
+        if not left and then_vanish:
+            await asyncio.Event().wait()
+        size = left.pop(0)
+        return {"type": "http.request", "body": b"x" * size, "more_body": bool(left) or then_vanish}
+
+    return receive
+
+
+async def received(receive):
+    while (await receive()).get("more_body"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("receive", "num_bytes"),
+    [(chunks(5, then_vanish=True), 5), (chunks(then_vanish=True), 0), (chunks(*[1] * 1000, pause_s=0.05), None)],
+    ids=["vanished on the way", "sent nothing", "dribbles"],
+)
+def test_a_body_that_stops_or_dribbles_is_given_up(monkeypatch, receive, num_bytes):
+    monkeypatch.setattr(arriving, "SILENCE_S", 0.2)
+    monkeypatch.setattr(arriving, "GRACE_S", 0.5)
+    taken = []
+    with pytest.raises(ServeError) as caught:
+        asyncio.run(received(paced(receive, taken.append)))
+    assert (caught.value.status, caught.value.code) == (408, "upload_too_slow")
+    assert f"after {sum(taken)} bytes" in str(caught.value)
+    assert num_bytes in (None, sum(taken))
+    assert sum(taken) < 100
+
+
+def test_a_body_that_keeps_coming_may_take_longer_and_what_we_do_meanwhile_does_not_count(monkeypatch):
+    monkeypatch.setattr(arriving, "GRACE_S", 0.2)
+    many = 2 * arriving.LEAST_BYTES_PER_S
+    asyncio.run(received(paced(chunks(*[many] * 10, pause_s=0.05), lambda _: None)))
+    asyncio.run(received(paced(chunks(*[1] * 5), lambda _: time.sleep(0.1))))
+
+
+def order(key, length):
+    headers = {"host": "x", "content-type": "application/json", "content-length": str(length), **key}
+    return {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/videos",
+        "query_string": b"",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+    }
+
+
+def test_clients_that_vanish_keep_nobody_out_and_are_answered_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(arriving, "SILENCE_S", 1.0)
+
+    async def vanishing(app, key, answers):
+        async def send(message):
+            answers.append(message.get("status"))
+
+        await app(order(key, 2_000_000), chunks(10, then_vanish=True), send)
+
+    async def scenario(service, answers):
+        keys = [service.key(tenant) for tenant in ("a", "b")]
+        hanging = [asyncio.create_task(vanishing(service.client.app, keys[n % 2], answers)) for n in range(48)]
+        await asyncio.sleep(0.2)
+        assert answers == []
+        for key in (keys[0], service.key("c")):
+            fine = await asyncio.to_thread(service.client.post, "/v1/videos", json={"prompt": "a"}, headers=key)
+            assert fine.status_code == 200
+        await asyncio.wait_for(asyncio.gather(*hanging), 30)
+
+    with open_service(tmp_path, require_keys=True) as service:
+        answers = []
+        asyncio.run(scenario(service, answers))
+        assert [status for status in answers if status is not None] == [408] * 48
+        assert not service.gateway.media.room._bytes_of
 
 
 def test_a_tenant_that_left_its_place_by_an_error_has_it_back():

@@ -31,7 +31,7 @@ def test_a_tenant_sees_only_its_own_jobs(store: JobStore) -> None:
     assert store.get("b", job.id) is None
     assert store.page("b", None, 10, "asc") == ([], False)
     assert store.request_cancel("b", job.id) is None
-    assert store.delete("b", job.id) is None
+    assert not store.delete("b", job.id)
     assert store.get("a", job.id) == job
 
 
@@ -351,7 +351,7 @@ def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
 def test_a_running_job_is_asked_to_stop_and_a_deleted_one_must(store: JobStore) -> None:
     asked, deleted, kept = (claimed(store) for _ in range(3))
     store.request_cancel("a", asked.id)
-    assert store.delete("a", deleted.id) is not None
+    assert store.delete("a", deleted.id)
     assert store.cancel_requests([asked.id, deleted.id, kept.id]) == {asked.id, deleted.id}
     assert store.cancel_requests([]) == set()
     assert store.get("a", deleted.id) is None

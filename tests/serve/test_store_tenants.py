@@ -1,7 +1,7 @@
 """Tenants, keys, quotas and the audit log, on SQLite and on a real PostgreSQL."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -91,19 +91,59 @@ def test_the_audit_log_says_who_changed_what_and_no_secret(store: JobStore, cloc
     assert [entry.action for entry in store.audit(limit=1)] == ["tenant.erase"]
 
 
-def test_a_refused_job_is_not_kept_but_counts_as_a_request(store: JobStore, clock: Clock) -> None:
-    quota = Quota(requests_per_minute=2)
-    store.create(new_job(), quota)
-    with pytest.raises(QuotaExceededError) as too_large:
-        store.create(new_job(), Quota(requests_per_minute=2, max_tokens=1))
-    assert too_large.value.refusal.code == "shape_over_quota"
+def test_whoever_asks_is_counted_whatever_becomes_of_it(store: JobStore, clock: Clock) -> None:
+    quota = Quota(requests_per_minute=2, max_tokens=1)
+    for _ in range(2):
+        store.ask("a", quota)
+        with pytest.raises(QuotaExceededError) as too_large:
+            store.create(new_job(), quota)
+        assert too_large.value.refusal.code == "shape_over_quota"
     with pytest.raises(QuotaExceededError) as refused:
-        store.create(new_job(), quota)
+        store.ask("a", quota)
     assert refused.value.refusal.code == "rate_limit_exceeded"
-    store.create(new_job("b"), quota)
+    store.ask("b", quota)
     clock.now += 60
+    store.ask("a", quota)
+    assert store.counts() == {}
+
+
+def test_who_asked_as_the_last_of_its_minute_has_its_job(store: JobStore) -> None:
+    quota = Quota(requests_per_minute=1)
+    store.ask("a", quota)
     store.create(new_job(), quota)
-    assert len(store.page("a", None, 10, "asc")[0]) == 2
+    store.erase_tenant("a")
+    with pytest.raises(UnknownTenantError):
+        store.ask("a", quota)
+
+
+def test_requests_that_come_at_once_do_not_share_the_last_of_a_minute(store: JobStore) -> None:
+    def ask(_: int) -> bool:
+        try:
+            store.ask("a", Quota(requests_per_minute=3))
+        except QuotaExceededError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(12))) == 3
+
+
+@pytest.mark.parametrize("label", ["x" * 256, "a\nb", "a\x00b", "\udcff"])
+def test_a_label_that_a_database_would_refuse_is_refused(store: JobStore, label: str) -> None:
+    with pytest.raises(ConfigError, match="at most 255, all printable"):
+        store.create_key("red", label)
+    store.create_key("red", "\u732b" * 255)
+    (key,) = store.keys()
+    assert key.label == "\u732b" * 255
+
+
+@pytest.mark.parametrize("limit", [limit.name for limit in fields(Quota)])
+def test_a_limit_that_a_database_would_refuse_is_refused(store: JobStore, limit: str) -> None:
+    for value in (2**31, -1):
+        with pytest.raises(ConfigError, match=f"{limit}={value} of tenant red: give 0 to 2147483647"):
+            store.set_tenant("red", limits={limit: value})
+    assert store.tenants() == []
+    assert getattr(store.set_tenant("red", limits={limit: 2**31 - 1}).quota, limit) == 2**31 - 1
 
 
 def test_cost_delivered_today_and_cost_still_to_come_count_against_a_day(store: JobStore, clock: Clock) -> None:
@@ -172,7 +212,8 @@ def test_erasing_a_tenant_ends_its_jobs_and_takes_its_keys_usage_deliveries_and_
     assert not store.requeue(running.id, 1, gang_died=False)
     assert store.claim(waiting.id, "me", LEASE_S) is None
     # Their files are to be removed, whatever their age.
-    assert {job.id for job in store.expired_jobs(clock.now, 10)} == {done.id, running.id, waiting.id}
+    assert set(store.expired_jobs(clock.now, 10)) == {done.id, running.id, waiting.id}
+    assert set(store.erased_jobs(10)) == {done.id, running.id, waiting.id}
     assert job_of(store, other) == other
 
 

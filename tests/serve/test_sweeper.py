@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
 
 from serve.store.artifacts import ArtifactStore, StorageError
 from serve.store.jobs import Artifact, Job, JobStore, new_job_id
-from serve.store.tables import jobs
 from serve.sweeper import LEFTOVERS_AGE_S, ORPHAN_AGE_S, Swept, keep_sweeping, sweep, sweep_orphans
-from tests.serve.store_support import Clock, claimed, created, new_job
+from tests.serve.store_support import Clock, claimed, created, made_by_another_version, new_job
 
 DAY_S = 86_400.0
 
@@ -158,14 +156,20 @@ def test_jobs_whose_files_cannot_be_removed_do_not_keep_those_of_others(
     assert all(store.get("a", job_id) for job_id in bad)
 
 
-def test_a_row_that_cannot_be_read_does_not_keep_the_others(
+def test_what_another_version_wrote_is_tidied_as_far_as_it_can_be_read_and_forgotten_like_the_rest(
     store: JobStore, artifacts: ArtifactStore, clock: Clock
 ) -> None:
-    foreign, mine = (with_files(store, artifacts, end="completed") for _ in range(2))
-    with store._engine.begin() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == foreign.id).values(request={"of": "another version"}))
-    assert sweep(store, artifacts, clock.now + DAY_S + 1).forgotten == 1
-    assert store.known([foreign.id, mine.id]) == {foreign.id}
+    foreign, stranger, mine = (with_files(store, artifacts, end="completed") for _ in range(3))
+    made_by_another_version(store, foreign.id)
+    made_by_another_version(store, stranger.id, inputs={"of": "another kind"})
+    before = files(artifacts)
+    assert sweep(store, artifacts, clock.now + LEFTOVERS_AGE_S + 1) == Swept(tidied=3)
+    kept = {"inputs/0", "attempts/2/video.mp4", "previews/2.webp"}
+    readable = {f"jobs/{job.id}/{name}" for job in (foreign, mine) for name in kept}
+    assert files(artifacts) == readable | {name for name in before if stranger.id in name}
+    assert sweep(store, artifacts, clock.now + DAY_S + 1).forgotten == 3
+    assert store.known([foreign.id, stranger.id, mine.id]) == set()
+    assert files(artifacts) == set()
 
 
 def test_files_whose_row_is_gone_are_removed_after_an_hour(
