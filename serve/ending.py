@@ -13,8 +13,8 @@ from serve.store.jobs import Job
 MAX_GANG_DEATHS = 2
 """A job whose gang dies is failed if that is the second gang that it lost."""
 MAX_GANG_LOSSES = 3
-"""A job whose gang falls silent is failed if that is the third. A machine without power says no more than one that is
-cut off; only that one's jobs are innocent for certain, so silence counts, and is forgiven once more than a death."""
+"""A job whose gang falls silent is failed if that is the third gang that it lost. A machine that lost its power says no
+more than one that is cut off, whose jobs are innocent: so silence counts, but is forgiven once more than a death."""
 MAX_ATTEMPTS = 10
 """A job whose processes were lost this many times, for whatever reason, is failed."""
 
