@@ -97,13 +97,19 @@ def open_store(options: argparse.Namespace, *, may_be_new: bool = False) -> JobS
         may_be_new: whether a database that does not exist is made, and not a mistyped folder.
 
     Raises:
-        ConfigError: there is no such database, or a newer version's.
+        ConfigError: there is no such database, or a newer version's, or its folder cannot be written.
     """
-    url = read_config(options).resolved_database_url
+    config = read_config(options)
+    url = config.resolved_database_url
     new = new_file(url)
     if new is not None and not may_be_new:
         raise ConfigError(f"there is no database {new}; name the service's own with --state or --config")
-    store = JobStore(url)
+    try:
+        store = JobStore(url)
+    except OSError as error:
+        raise ConfigError(
+            f"state_dir={config.state_dir} cannot be written: {error.strerror}; choose another with --state"
+        ) from error
     store.create_tables()
     if new is not None:
         print(f"serve: {new} is a new database; a service uses it when it is given the same --state", file=sys.stderr)

@@ -260,6 +260,9 @@ def test_a_mistyped_folder_is_not_taken_for_an_empty_service(command: Command, t
     assert code == 0
     assert "is a new database" in err
     assert "is a new database" not in command("keys", "create", "red", state="first")[2]
+    code, _, err = command("keys", "create", "red", state="/proc")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("serve: state_dir=/proc cannot be written: ")
 
 
 def test_the_service_does_not_start_on_a_database_it_cannot_use(
