@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from pusa_dist.errors import DeviceMemoryError, GangError, NumericsError, PusaError
 from serve.config import DenoiserConfig
@@ -230,7 +230,7 @@ class Denoiser:
     async def _run(self) -> None:
         try:
             while self._gang.error is None:
-                self._changed.clear()  # first: what changes while the ranks are waited for is looked at next time
+                self._changed.clear()  # before anything is looked at: what changes meanwhile is looked at again
                 await self._drop_from_ranks()
                 await self._admit_waiting()
                 if not await self._step():
@@ -285,20 +285,12 @@ class Denoiser:
 
     async def _admit(self, resident: Resident) -> Held:
         source, request = resident.assignment.source, resident.assignment.request
-        call: tuple[Any, ...]
         if isinstance(source, Conditions):
             tensors = (None if one is None else one.ref for one in (source.context, source.negative, source.given))
-            call = "admit", resident.name, request, *tensors
-        else:
-            call = "restore", resident.name, resident.fetched
-            resident.fetched = None  # it need not be kept once the ranks have it
-        (held, *_) = await self._gang.call(*call, deadline_s=self._admission_s)
-        return held
-
-    @property
-    def _admission_s(self) -> float:
-        """Seconds that a job may take to come: what it starts from is brought first, maybe from another node."""
-        return self._config.step_deadline_floor_s + self._config.first_step_allowance_s
+            (held, *_) = await self._gang.call("admit", resident.name, request, *tensors, deadline_s=self._admission_s)
+            return held
+        data, resident.fetched = resident.fetched, None  # it need not be kept once the ranks have it
+        return await self._gang.restore(resident.name, data, self._admission_s)
 
     async def _step(self) -> bool:
         """Let those whose turn it is make a step; False: it is nobody's."""
@@ -417,9 +409,10 @@ class Denoiser:
             self._changed.set()
 
     def _is_stuck(self, resident: Resident) -> bool:
-        is_blocked = resident.is_steady and not resident.may_step(self._config.checkpoint_every)
         since = resident.failing_since
-        return is_blocked and since is not None and self._clock() - since >= _STUCK_S
+        if since is None or not resident.is_steady or resident.is_busy:  # one that is busy may be about to end
+            return False
+        return not resident.may_step(self._config.checkpoint_every) and self._clock() - since >= _STUCK_S
 
     async def _preview(self, resident: Resident) -> None:
         found = await self._gang.preview(resident.name)
@@ -443,6 +436,11 @@ class Denoiser:
         if resident in self._residents and resident.is_admitted and newest < resident.step:
             await self._save(resident)
         self._end(resident, resident.released())
+
+    @property
+    def _admission_s(self) -> float:
+        """Seconds that a job may take to come: what it starts from is brought first, maybe from another node."""
+        return self._config.step_deadline_floor_s + self._config.first_step_allowance_s
 
     def _deadline(self, shape: StepShape) -> float:
         config = self._config

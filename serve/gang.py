@@ -228,6 +228,16 @@ class Gang:
             raise self._unwritten("reading a checkpoint", error) from error
         return data
 
+    async def restore(self, name: str, data: Any, deadline_s: float) -> Held:
+        """Make a checkpointed generation resident on every rank, from what ``fetch`` returned.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model, revision or precision.
+            ReplicaLostError, GangError: as ``call``.
+        """
+        (held, *_) = await self.call("restore", name, data, deadline_s=deadline_s)
+        return held
+
     async def checkpoint(self, name: str, prefix: str) -> tuple[int, str]:
         """Write a resident's state while the gang goes on; returns its step and key.
 

@@ -170,6 +170,9 @@ class GangHandle(Protocol):
         Raises:
             GangError: the gang was lost while it held the job.
             GangUnavailableError: the gang had been lost before, or is leaving.
+            CheckpointError: the checkpoint it should go on from cannot be used (any more).
+            StorageError: the artifact store cannot be reached from the gang, to read that checkpoint or to write one
+                that the job waits for; it can go on elsewhere from the published one.
         """
         ...
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from serve.http.repeats import Origin
 
 from serve.config import ServeConfig
 from serve.http.api import create_api
 from serve.http.gateway import Gateway
+from serve.http.idempotency import Origin
 from serve.http.uploads import IncomingBody
 from tests.serve.api_support import Service, error_of, open_service, png, pusa
 

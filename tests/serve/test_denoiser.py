@@ -44,8 +44,8 @@ class OneRank:
 
     async def call(self, method, *arguments, deadline_s):
         result = await asyncio.to_thread(getattr(self.worker, method), *arguments)
-        if method in ("admit", "restore"):
-            return [self.held(arguments[0], result or 0)]
+        if method == "admit":
+            return [self.held(arguments[0], 0)]
         return [{name: self.held(name, step) for name, step in result.items()} if method == "step" else result]
 
     def held(self, name, step):
@@ -53,7 +53,10 @@ class OneRank:
 
     async def fetch(self, key, deadline_s):
         await self.is_there.wait()
-        return self.files[key]
+        return self.files.get(key)
+
+    async def restore(self, name, data, deadline_s):
+        return self.held(name, self.worker.restore(name, data))
 
     async def finish(self, name, deadline_s):
         return self.worker.finish(name)
@@ -182,8 +185,16 @@ def test_a_job_that_need_not_wait_for_its_checkpoint_stays_however_long_none_cou
     monkeypatch.setattr("serve.denoiser._RETRY_S", 0.02)
     monkeypatch.setattr("serve.denoiser._STUCK_S", 0.0)
 
+    async def checkpoint(name, prefix):
+        await asyncio.sleep(0.3)
+        raise StorageError(errno.EIO, "away")
+
+    async def finish(name, deadline_s):
+        await asyncio.sleep(0.6)  # a checkpoint fails meanwhile
+        return rank.worker.finish(name)
+
     async def scenario():
-        rank.is_full = True
+        rank.checkpoint, rank.finish = checkpoint, finish
         return await collect(denoise(Denoiser(CONFIG, rank), "short", steps=CONFIG.checkpoint_every))
 
     assert isinstance(asyncio.run(scenario())[-1], Finished)
@@ -328,13 +339,13 @@ def test_a_job_that_goes_while_its_checkpoint_comes_is_never_given_to_the_ranks(
         else:
             reading.cancel()
             await asyncio.wait({reading})
-        restored, call = [], rank.call
+        restored, restore = [], rank.restore
 
-        async def noting(method, *arguments, deadline_s):
-            restored.append(method)
-            return await call(method, *arguments, deadline_s=deadline_s)
+        async def noting(name, data, deadline_s):
+            restored.append(name)
+            return await restore(name, data, deadline_s)
 
-        rank.call = noting
+        rank.restore = noting
         rank.is_there.set()
         await asyncio.sleep(0.05)
         assert (restored, denoiser._residents) == ([], [])
@@ -347,15 +358,14 @@ def test_a_job_that_goes_while_its_checkpoint_comes_is_never_given_to_the_ranks(
 
 def test_a_job_that_comes_while_the_last_one_ends_does_not_wait_for_a_renewal(rank):
     async def scenario():
-        denoiser, call, coming = Denoiser(CONFIG, rank), rank.call, []
+        denoiser, restore, coming = Denoiser(CONFIG, rank), rank.restore, []
 
-        async def call_as_another_comes(method, *arguments, deadline_s):
-            if method == "restore":
-                coming.append(asyncio.create_task(collect(denoise(denoiser, "coming"))))
-                await asyncio.sleep(0.05)
-            return await call(method, *arguments, deadline_s=deadline_s)
+        async def restore_as_another_comes(name, data, deadline_s):
+            coming.append(asyncio.create_task(collect(denoise(denoiser, "coming"))))
+            await asyncio.sleep(0.05)
+            return await restore(name, data, deadline_s)
 
-        rank.call = call_as_another_comes
+        rank.restore = restore_as_another_comes
         await collect(denoise(denoiser, "ended", source=stored(rank, "ended", 4, 4)))
         async with asyncio.timeout(2.0):
             return await coming[0]
