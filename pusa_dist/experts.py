@@ -11,13 +11,20 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from pusa_dist.checkpoint.lora import build_lora
-from pusa_dist.checkpoint.memory import check_device_memory, free_memory, weights_memory
+from pusa_dist.checkpoint.memory import (
+    check_device_memory,
+    check_host_memory,
+    free_host_memory,
+    free_memory,
+    weights_memory,
+)
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import ModelConfig
 from pusa_dist.errors import GangError
 from pusa_dist.geometry import PATCH
 from pusa_dist.parallel.apply import AttentionBackend, parallelize
 from pusa_dist.parallel.guidance import guided_velocity
+from pusa_dist.parallel.mesh import num_ranks_here
 from pusa_dist.sampler import VelocityFn, advance
 from pusa_dist.state import GenerationState
 
@@ -32,7 +39,7 @@ class Experts:
         attention: which sequence-parallel attention to use.
 
     Raises:
-        ConfigError: the device has not the memory for the weights, or they are not there.
+        ConfigError: the device or its machine has not the memory for the weights, or they are not there.
     """
 
     def __init__(
@@ -49,7 +56,10 @@ class Experts:
         self._transformers = {}
         self._loras = {}
         if torch.device(device).type == "cuda":
-            check_device_memory(weights_memory(model, self.precision), *free_memory(device))
+            needed = weights_memory(model, self.precision)
+            check_device_memory(needed, *free_memory(device))
+            if needed.host:
+                check_host_memory(needed, free_host_memory(), num_ranks_here())
         for expert in model.experts:
             transformer = build_transformer(model, expert, device=device, precision=self.precision)
             self._loras[expert] = build_lora(model, expert, transformer)

@@ -24,19 +24,14 @@ class VideoCodec:
     Holds weights only: any number of decodes may be consumed in turns, with encodes in between.
     """
 
-    def __init__(
-        self, model: ModelConfig, device: str, threads: int | None = None, source: FrameSource | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, device: str, source: FrameSource | None = None) -> None:
         """Load the VAE.
 
         Args:
             model: whose VAE.
             device: where it runs.
-            threads: CPU threads of this process; None leaves torch's choice.
             source: decodes what is uploaded; None does it in this process.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
         precision = model.precision_on(torch.device(device).type)
         self._vae = build_vae(model, device=device, precision=precision)
         self._tiling = (model.vae.tile, model.vae.tile_stride)

@@ -137,10 +137,10 @@ ALERTS: tuple[Alert, ...] = (
         severity="page",
         summary="Jobs fail so fast that a month's allowance is gone in two days.",
         runbook="Overview, 'Jobs ended by code' says with what. gang_died_twice, numerics_error: the gangs' logs, then "
-        "the last change of weights or driver. out_of_memory: the model's limits ask more of a GPU than it has; lower "
-        "limits.max_tokens, or give its gangs more ranks. replica_lost: pods that die (memory, nodes). "
-        "deadline_exceeded: see PusaQueueWaits. internal_error: the dispatcher's log by job; roll back the last "
-        "release.",
+        "the last change of weights or driver. out_of_memory: the model's limits allow more than its GPUs hold; "
+        "lower limits.max_tokens, or give its gangs more ranks. replica_lost: pods that die (memory, "
+        "nodes). deadline_exceeded: see PusaQueueWaits. internal_error: the dispatcher's log by job; roll back the "
+        "last release.",
     ),
     Alert(
         name="PusaJobsFailSlow",

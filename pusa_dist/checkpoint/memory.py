@@ -1,8 +1,11 @@
 """Memory that the transformers' weights take on a rank, worked out from shapes before anything is read."""
 
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,12 @@ from pusa_dist.model.transformer import new_transformer
 from pusa_dist.schedule import DTYPES
 
 GIB, MIB = 2**30, 2**20
+_MEMINFO = Path("/proc/meminfo")
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""Of cgroups of version 2 and 1, as a container sees its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +110,36 @@ def check_device_memory(needed: WeightsMemory, free: int, total: int) -> None:
         f"{needed.model}: its weights need {_text(needed.device)} of every rank's device; this one has {_text(total)}, "
         f"{_text(free)} of them free; {', or '.join(remedies)}"
     )
+
+
+def check_host_memory(needed: WeightsMemory, free: int, num_ranks: int) -> None:
+    """Refuse copies that a machine cannot hold, before minutes are spent on reading weights.
+
+    Args:
+        needed: by the weights of one rank.
+        free: bytes of the machine's memory that can be had.
+        num_ranks: that share them.
+
+    Raises:
+        ConfigError: saying what is needed, what there is and what would help.
+    """
+    if num_ranks * needed.host > free:
+        raise ConfigError(
+            f"{needed.model}: pristine_weights=host needs {_text(needed.host)} of the machine's memory for each rank, "
+            f"{_text(num_ranks * needed.host)} for {num_ranks}; {_text(free)} can be had; give the machine or "
+            "container more memory or fewer ranks, or set pristine_weights: device"
+        )
+
+
+def free_host_memory() -> int:
+    """Bytes that can be had of this machine's memory, or of its container's if that may have less."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())
+    assert available is not None, "Linux says so since 3.14"
+    free = 1024 * int(available[1])
+    for limit in _CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # it is of the other version, or there is no limit: "max"
+            free = min(free, int(limit.read_text()))
+    return free
 
 
 def free_memory(device: str) -> tuple[int, int]:

@@ -88,8 +88,6 @@ class VectorTimestepTransformer(WanTransformer3DModel):
         token_shard: which tokens of a frame this rank holds; replaced likewise.
     """
 
-    _repeated_blocks = ["VectorTimestepBlock"]  # noqa: RUF012 - diffusers wants a list
-
     # The decorated signature is what diffusers' configuration machinery reads.
     @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:

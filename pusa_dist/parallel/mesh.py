@@ -123,6 +123,13 @@ def lay_out(parallel: ParallelConfig, device_type: str, timeout_s: float) -> Dev
     return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=AXES)
 
 
+def num_ranks_here() -> int:
+    """Ranks of the gang on this rank's machine (or in its container), itself among them. Collective over the gang."""
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
+
+
 def leave_gang() -> None:
     """Close this process's connections to the other ranks; harmless when it has none."""
     if dist.is_initialized():

@@ -8,7 +8,7 @@ from pusa_dist.config import ParallelConfig, TransformerConfig, load_model_confi
 from pusa_dist.errors import ConfigError, GangError, RequestError
 from pusa_dist.model.transformer import new_transformer
 from pusa_dist.parallel.apply import parallelize
-from pusa_dist.parallel.mesh import AXES, check_world, free_port, join_gang, lay_out, leave_gang
+from pusa_dist.parallel.mesh import AXES, check_world, free_port, join_gang, lay_out, leave_gang, num_ranks_here
 from pusa_dist.parallel.shard import SequenceShard
 from pusa_dist.request import RequestParams, check_request, resolve_request
 
@@ -23,6 +23,10 @@ def tiny_transformer(heads=4):
 def neighbours(place):
     mesh = place.join(ParallelConfig(cfg_degree=2, ring_degree=2))
     ranks = {axis: dist.get_process_group_ranks(mesh.get_group(axis)) for axis in AXES}
+    assert num_ranks_here() == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: "ab"[place.rank == 3])
+        assert num_ranks_here() == (1 if place.rank == 3 else 3)
     second = lay_out(ParallelConfig(cfg_degree=2, ulysses_degree=2), "cpu", 60)
     ranks["inner"] = dist.get_process_group_ranks(second.get_group("ulysses"))
     with pytest.raises(GangError, match="already a rank"):

@@ -1,8 +1,8 @@
 """Stand-ins for ``pusa_dist.worker.Worker``: the same calls, numbers for tensors, faults on request.
 
-A request's prompt says what happens: ``nan``, ``nan-on-0`` (one rank only), ``too-large``, ``large`` (it fits alone),
-``bug``, ``sleep`` (asleep in the forward of step 2), ``slow`` (healthy steps of SLOW_STEP_S), ``foreign`` (its
-checkpoint is refused) or anything else (nothing).
+A request's prompt says what happens: ``nan``, ``nan-on-0`` (one rank only), ``too-large``, ``large`` (it
+fits alone), ``bug``, ``sleep`` (asleep in the forward of step 2), ``slow`` (healthy steps of SLOW_STEP_S),
+``foreign`` (its checkpoint is refused) or anything else (nothing).
 """
 
 import os

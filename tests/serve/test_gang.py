@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from pusa_dist.errors import CheckpointError, GangError, NumericsError
+from pusa_dist.errors import CheckpointError, DeviceMemoryError, GangError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
 from serve.gang import Gang
@@ -94,11 +94,14 @@ def test_a_cancelled_job_leaves_at_its_next_step_and_the_gang_goes_on(shared):
     assert isinstance(rest[-1], Finished)
 
 
-def test_an_error_that_all_ranks_raise_is_the_jobs_own(shared):
+@pytest.mark.parametrize(
+    ("prompt", "kind", "words"), [("nan", NumericsError, "not finite"), ("too-large", DeviceMemoryError, "smaller")]
+)
+def test_an_error_that_all_ranks_raise_is_the_jobs_own(shared, prompt, kind, words):
     async def scenario():
         denoiser = Denoiser(CONFIG, shared)
-        with pytest.raises(NumericsError, match="not finite"):
-            await collect(denoise(denoiser, "nan"))
+        with pytest.raises(kind, match=words):
+            await collect(denoise(denoiser, prompt))
         return await collect(denoise(denoiser, "after"))
 
     assert isinstance(asyncio.run(scenario())[-1], Finished)

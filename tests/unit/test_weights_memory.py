@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from pusa_dist import experts, load_model_config
+from pusa_dist.checkpoint import memory
 from pusa_dist.checkpoint.lora import PUSA_RANK, build_lora, lora_rank
-from pusa_dist.checkpoint.memory import GIB, check_device_memory, weights_memory
+from pusa_dist.checkpoint.memory import GIB, check_device_memory, free_host_memory, weights_memory
 from pusa_dist.checkpoint.transformer import build_transformer
 from pusa_dist.config import LoraConfig, WeightsConfig, model_names
 from pusa_dist.errors import ConfigError
@@ -77,15 +78,44 @@ def test_the_rank_of_a_lora_is_its_files_or_pusas_if_there_is_none(tmp_path):
     assert weights_memory(load_model_config("tiny-base"), "bf16").rank == 0
 
 
-def test_on_a_gpu_the_device_is_asked_before_anything_is_read(monkeypatch):
-    class Mesh:
-        def get_group(self, axis):
-            return axis
+class Mesh:
+    def get_group(self, axis):
+        return axis
 
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
     def read(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(experts, "free_memory", lambda device: (5 * GIB, GB80))
     monkeypatch.setattr(experts, "build_transformer", read)
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_on_a_gpu_the_device_is_asked_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(experts, "free_memory", lambda device: (5 * GIB, GB80))
     with pytest.raises(ConfigError, match=r"pusa-v1-14b: its weights need 57\.4 GiB .* 5\.0 GiB of them free"):
         Experts(ONE, Mesh(), device="cuda:0")
+
+
+@pytest.mark.usefixtures("nothing_is_read")
+def test_copies_on_the_host_are_counted_for_every_rank_of_the_machine_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(experts, "free_memory", lambda device: (GB80, GB80))
+    monkeypatch.setattr(experts, "free_host_memory", lambda: 256 * GIB)
+    monkeypatch.setattr(experts, "num_ranks_here", lambda: 8)
+    with pytest.raises(ConfigError, match=r"pristine_weights=host needs 52\.3 GiB .* 418\.8 GiB for 8; 256\.0 GiB can"):
+        Experts(TWO, Mesh(), device="cuda:0")
+    monkeypatch.setattr(experts, "num_ranks_here", lambda: 4)
+    with pytest.raises(AssertionError, match="weights were read"):
+        Experts(TWO, Mesh(), device="cuda:0")
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 8 * GIB), (str(3 * GIB), 3 * GIB), (str(2**63 - 4096), 8 * GIB)])
+def test_what_can_be_had_of_the_host_is_what_is_available_within_the_containers_limit(
+    tmp_path, monkeypatch, limit, free
+):
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {8 * 2**20} kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CONTAINER_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
+    assert free_host_memory() == free
