@@ -186,13 +186,14 @@ def test_jobs_that_may_not_run_do_not_give_a_newcomer_what_others_are_due(world)
         return sum(job_id.startswith(tenant) for job_id, _ in world.gang.steps)
 
     async def scenario():
+        world.gang.step_s = 0.05  # a job takes longer than it takes to claim the next
         async with world.dispatcher():
-            await world.until(lambda: steps_of("early") >= 60)
+            await world.until(lambda: steps_of("early") >= 48)
             for n in range(20):
                 add_long(world, f"late-{n}", tenant="late")
             await world.until(lambda: steps_of("late") >= 1)
             before = steps_of("early")
-            await world.until(lambda: steps_of("late") >= 36)
+            await world.until(lambda: steps_of("late") >= 30)
             assert steps_of("early") - before >= 12
 
     run(scenario)
