@@ -123,8 +123,9 @@ def test_a_job_that_is_stopped_in_the_moment_in_which_it_gets_its_place_leaves_t
 
             def place_and_stop(seat, gang, claim):
                 place(seat, gang, claim)
-                world.store.request_cancel("local", "stopped")
-                dispatcher._stop(seat.attempt, "cancelled")
+                if seat.job.id == "stopped":
+                    world.store.request_cancel("local", "stopped")
+                    dispatcher._stop(seat.attempt, "cancelled")
 
             monkeypatch.setattr(Seat, "place", place_and_stop)
             dispatcher.register("other", other, 1)
@@ -262,16 +263,20 @@ def test_two_dispatchers_share_a_store_and_neither_runs_the_others_jobs(world):
     for name in names:
         add_long(world, name)
     other = FakeGang(world.stages)
+    gangs = (world.gang, other)
 
     async def scenario():
+        for gang in gangs:
+            gang.gate.clear()
         async with world.dispatcher(), world.dispatcher(gangs={"other": (other, 2)}):
+            await world.until(lambda: all(gang.started for gang in gangs))  # neither may end what is left for the other
+            for gang in gangs:
+                gang.gate.set()
             await world.ended(*names)
 
     run(scenario)
-    began = [job_id for gang in (world.gang, other) for job_id, _, _ in gang.started]
+    began = [job_id for gang in gangs for job_id, _, _ in gang.started]
     assert sorted(began) == names
-    assert world.gang.started
-    assert other.started
     assert world.store.usage("local", "2000-01-01")[0].cost == pytest.approx(world.store.tenant("local").virtual_time)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve import gang_replica
+from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
 from serve.gang_replica import Coordinator
 from serve.stages import Assignment, Finished, Kept, Progress, ReplicaLostError, TensorRef
@@ -24,7 +25,7 @@ def coordinator(monkeypatch):
     monkeypatch.setattr(Denoiser, "generate", generate)
     monkeypatch.setattr(gang_replica, "Gang", lambda *_: None)
     monkeypatch.setattr(gang_replica, "GangMetrics", lambda: SimpleNamespace(step=None))
-    return Coordinator(None, None, "", None, SimpleNamespace(configure=lambda: None))
+    return Coordinator(DenoiserConfig(), None, "", None, SimpleNamespace(configure=lambda: None))
 
 
 async def finish(coordinator):
