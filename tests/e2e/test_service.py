@@ -4,7 +4,6 @@ import functools
 import io
 import logging
 import os
-import signal
 import threading
 import time
 import zipfile
@@ -25,7 +24,6 @@ from serve.app import application
 from serve.config import DenoiserConfig, ServeConfig
 from tests.e2e.client import completed, create, retrieve, until
 from tests.e2e.local_app import local_app
-from tests.ray_cluster import replica_processes
 from tests.serve import gang_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -130,29 +128,6 @@ def test_cancelling_a_running_job_frees_the_gang_within_a_step_and_half_a_second
         assert [path for path in files if path.is_file()] == []
 
 
-def fault(client, job_id, send, pid, timeout_s):
-    """Signal a rank in the middle of a job; returns seconds until the job runs again and until it is complete."""
-    until(client, job_id, lambda video: video["pusa"]["step"] >= 3)
-    began = time.monotonic()
-    os.kill(pid, send)
-    until(client, job_id, lambda video: video["pusa"]["attempt"] == 2 and video["pusa"]["step"] >= 1, timeout_s)
-    again = time.monotonic() - began
-    completed(client, job_id, 90)
-    return again
-
-
-@pytest.mark.parametrize(
-    ("number", "detection_s"), [(signal.SIGKILL, 0), (signal.SIGSTOP, FLOOR_S)], ids=["killed", "stopped"]
-)
-def test_a_rank_that_dies_or_stops_costs_a_job_one_attempt(client, number, detection_s):
-    before = rank_pids()
-    again = fault(client, create(client, **LONG), number, before[1], timeout_s=90)
-    logger.info("%s: the job runs again after %.1f s", number.name, again)
-    assert again < detection_s + REPLACED_S
-    assert not set(before) & set(rank_pids())
-    assert_gone(before)
-
-
 def test_a_rank_asleep_in_its_forward_is_found_and_replaced(client):
     before = rank_pids()
     began = time.monotonic()
@@ -162,20 +137,6 @@ def test_a_rank_asleep_in_its_forward_is_found_and_replaced(client):
     assert video["pusa"]["attempt"] == 2
     assert time.monotonic() - began < FLOOR_S + 6.0 + REPLACED_S
     assert_gone(before)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("role", "stage"), [("Vae", "decode"), ("Dispatcher", "denoise"), ("Denoiser", "denoise")], ids=str.lower
-)
-def test_a_job_survives_the_death_of_any_process_that_holds_it(client, role, stage):
-    job_id = create(client, **LONG)
-    until(client, job_id, lambda video: video["pusa"]["stage"] == stage and video["pusa"]["step"] >= 2)
-    (pid,) = replica_processes()[role]
-    began = time.monotonic()
-    os.kill(pid, signal.SIGKILL)
-    assert completed(client, job_id, 120)["pusa"]["attempt"] == 2
-    logger.info("%s killed: complete after %.1f s", role, time.monotonic() - began)
 
 
 def test_many_clients_are_served_while_jobs_run(client):
