@@ -5,13 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pusa_dist.config import ParallelConfig, load_model_config
 from pusa_dist.errors import DeviceMemoryError
 from pusa_dist.model.transformer import VectorTimestepTransformer
-from pusa_dist.parallel.mesh import free_port
 from pusa_dist.request import GenerationRequest
 from pusa_dist.state import GenerationState
-from pusa_dist.worker import Worker, WorkerOptions
 
 REQUEST = GenerationRequest(
     model="debug", prompt="a", negative_prompt="b", width=64, height=48, num_frames=9, fps=8,
@@ -27,14 +24,6 @@ class Full:
 
     def __call__(self, *_, **__):
         raise torch.OutOfMemoryError(self.words)
-
-
-@pytest.fixture(scope="module")
-def worker():
-    one = Worker(load_model_config("debug"), ParallelConfig(), WorkerOptions(threads=1))
-    one.join(0, 1, "127.0.0.1", free_port())
-    yield one
-    one.leave()
 
 
 def admit(worker, name, request=REQUEST):

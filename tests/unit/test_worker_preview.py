@@ -5,11 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pusa_dist.config import ParallelConfig, load_model_config
-from pusa_dist.parallel.mesh import free_port
 from pusa_dist.preview import LatentColours
 from pusa_dist.request import Conditioning, GenerationRequest
-from pusa_dist.worker import Worker, WorkerOptions
 
 STEPS = 6
 REQUEST = GenerationRequest(
@@ -17,14 +14,6 @@ REQUEST = GenerationRequest(
     num_inference_steps=STEPS, guidance_scale=1.0, shift=5.0, seed=0, lora_alpha={"main": 1.4},
     conditioning=(Conditioning(input=0, position=0, noise_multiplier=0.0),),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def worker():
-    one = Worker(load_model_config("debug"), ParallelConfig(), WorkerOptions(threads=1))
-    one.join(0, 1, "127.0.0.1", free_port())
-    yield one
-    one.leave()
 
 
 @pytest.fixture(scope="module")
