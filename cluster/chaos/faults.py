@@ -56,7 +56,7 @@ FAULTS = (
     Fault(role="service"),
     Fault(role="Rank", is_gang_death=True),
 )
-"""A gang's death must wait until the jobs on the last one that died have ended: meanwhile the others are made."""
+"""A gang's death must wait while a job of the last one that died is on a gang: meanwhile the others are made."""
 
 
 class TimedOutError(RuntimeError):
@@ -94,7 +94,7 @@ def wait_for_moment(fault: Fault, jobs: Jobs) -> None:
             raise NoJobsLeftError(fault.name)
         return not (fault.is_gang_death and any(_may_not_meet_another(one) for one in jobs().values()))
 
-    wait_for(f"{fault.name}: no job before its VAE that was on a gang that died", may_be, MOMENT_S)
+    wait_for(f"{fault.name}: no job on a gang that was on one that died", may_be, MOMENT_S)
     if fault.moment == "decode":
         wait_for(f"{fault.name}: a job that is decoded", lambda: may_be() and _is_decoding(jobs()), MOMENT_S, 0.02)
     else:
@@ -159,8 +159,8 @@ def _missing(struck: int, now: Mapping[str, list[int]], whole: Mapping[str, int]
 
 
 def _may_not_meet_another(job: JobRecord) -> bool:
-    """Whether it was on a gang that died, and has steps to make: not done, nor with the VAE."""
-    return job.gang_deaths > 0 and not job.is_final and job.stage != "decode"
+    """Whether it was on a gang that died and may be on one again: not done, with the VAE, or back in the queue."""
+    return job.gang_deaths > 0 and job.status == "in_progress" and job.stage != "decode"
 
 
 def _is_decoding(jobs: Mapping[str, JobRecord]) -> bool:

@@ -215,10 +215,12 @@ def record(key, **values):
 def test_a_gang_is_not_killed_under_a_job_that_was_on_one_that_died(monkeypatch):
     monkeypatch.setattr("cluster.chaos.faults.MOMENT_S", 0.0)
     fault = Fault(role="Rank", is_gang_death=True)
-    with pytest.raises(TimedOutError, match="no job before its VAE that was on a gang that died"):
+    with pytest.raises(TimedOutError, match="no job on a gang that was on one that died"):
         wait_for_moment(fault, lambda: {"a": record("a", gang_deaths=1), "b": record("b")})
     with pytest.raises(TimedOutError, match="two jobs that make steps"):
         wait_for_moment(fault, lambda: {"a": record("a", gang_deaths=1, stage="decode"), "b": record("b")})
+    with pytest.raises(TimedOutError, match="two jobs that make steps"):
+        wait_for_moment(fault, lambda: {"a": record("a", gang_deaths=1, status="queued"), "b": record("b")})
     with pytest.raises(NoJobsLeftError):
         wait_for_moment(fault, lambda: {"a": record("a", gang_deaths=1, status="completed")})
 
