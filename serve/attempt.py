@@ -50,6 +50,12 @@ class Attempt:
         """Note where it is, for the next report."""
         self.stage, self.step, self.is_reported = stage, step, False
 
+    def interrupt(self, why: Literal["cancelled", "stale"]) -> None:
+        """End its stages where they are; too late if they have ended."""
+        if self.stop is None and not self.is_over and self.task is not None:
+            self.stop = why
+            self.task.cancel()
+
     def start_afresh(self) -> None:
         """Go on without a checkpoint."""
         self.checkpoint = None

@@ -118,6 +118,21 @@ def sweep(
     return Swept(forgotten=forgotten, tidied=tidied, failed=failures | more_failures)
 
 
+def remove_unneeded(artifacts: ArtifactStore, job_id: str, *prefixes: str) -> None:
+    """Remove files of a job that nobody will need; what cannot be removed now is left to ``sweep``. Blocks.
+
+    Args:
+        artifacts: of the job.
+        job_id: for the log.
+        prefixes: keys of files, or of folders of them.
+    """
+    for prefix in prefixes:
+        try:
+            artifacts.delete(prefix)
+        except StorageError as error:
+            logger.warning("job %s: files that nobody needs cannot be removed now: %s", job_id, error)
+
+
 def sweep_orphans(store: JobStore, artifacts: ArtifactStore, now: float) -> int:
     """Remove the files of jobs that the database does not know, if they are older than an hour. Blocks.
 

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -56,6 +57,8 @@ class Vae:
 
         self._encodes = WatchedThread("encode", stuck_after_s)
         self._decodes = WatchedThread("decode", stuck_after_s)
+        self._ahead = ThreadPoolExecutor(NUM_DECODES, "ahead")
+        """Watched by the decodes, which wait for it."""
         self._previews = WatchedThread("preview", stuck_after_s)
         source = _WatchedSource(Decoders(1, _DECODE_LIMITS), self._encodes.moves_on)
         self._codec = VideoCodec(model, device, source=source)
@@ -122,7 +125,7 @@ class Vae:
         prefix = f"jobs/{job_id}/attempts/{attempt}"
 
         def work(check: Callable[[], None]) -> dict[str, Artifact]:
-            frames = one_ahead(_checked(self._codec.decode(values), check))
+            frames = one_ahead(_checked(self._codec.decode(values), check), self._ahead)
             with _room(), scratch_folder("vae") as folder, closing(frames) as chunks:
                 files = write_files(folder, request, chunks)
                 published = {}

@@ -175,7 +175,7 @@ def test_a_cancellation_that_comes_while_the_end_is_written_does_not_interrupt_i
 
     async def scenario():
         def complete_slowly(*arguments):
-            loop.call_soon_threadsafe(dispatcher._stop, dispatcher._attempts["j"], "cancelled")
+            loop.call_soon_threadsafe(dispatcher._attempts["j"].interrupt, "cancelled")
             time.sleep(0.2)
             return complete(*arguments)
 

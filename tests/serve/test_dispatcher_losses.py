@@ -354,7 +354,7 @@ def test_an_attempt_that_is_cancelled_after_another_took_over_removes_nothing_of
             assert world.store.claim("j", "another", lease_s=60)
             world.artifacts.put("jobs/j/attempts/2/video.mp4", b"mp4")
             world.artifacts.put("jobs/j/checkpoints/2-4", b"state")
-            dispatcher._stop(dispatcher._attempts["j"], "cancelled")
+            dispatcher._attempts["j"].interrupt("cancelled")
             await world.until(lambda: not dispatcher._attempts)
 
     run(scenario)

@@ -125,7 +125,7 @@ def test_a_job_that_is_stopped_in_the_moment_in_which_it_gets_its_place_leaves_t
                 place(seat, gang, claim)
                 if seat.job.id == "stopped":
                     world.store.request_cancel("local", "stopped")
-                    dispatcher._stop(seat.attempt, "cancelled")
+                    seat.attempt.interrupt("cancelled")
 
             monkeypatch.setattr(Seat, "place", place_and_stop)
             dispatcher.register("other", other, 1)

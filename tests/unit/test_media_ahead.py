@@ -1,10 +1,17 @@
 """Items are made one ahead of their use: no earlier, no later, and none that nobody will use."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pusa_dist.media.ahead import one_ahead
+
+
+@pytest.fixture
+def thread():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
 
 
 class Making:
@@ -22,36 +29,37 @@ class Making:
             yield number
 
 
-def test_items_come_in_order_and_all_of_them():
-    assert list(one_ahead(iter(Making(5)))) == [0, 1, 2, 3, 4]
-    assert list(one_ahead(iter([]))) == []
+def test_items_come_in_order_and_all_of_them(thread):
+    assert list(one_ahead(iter(Making(5)), thread)) == [0, 1, 2, 3, 4]
+    assert list(one_ahead(iter([]), thread)) == []
 
 
-def test_the_next_item_is_made_while_one_is_used_and_no_more_than_that():
+def test_the_next_item_is_made_while_one_is_used_and_no_more_than_that(thread):
     making = Making(4)
-    for number in one_ahead(iter(making)):
+    for number in one_ahead(iter(making), thread):
         if number < 3:
             assert making.began.acquire(timeout=10)  # this one
         threading.Event().wait(0.05)
         assert making.num_begun == min(number + 2, 4)
 
 
-def test_an_error_comes_in_the_place_of_its_item():
+def test_an_error_comes_in_the_place_of_its_item(thread):
     def two():
         yield 0
         yield 1
         raise ZeroDivisionError
 
-    items = one_ahead(two())
+    items = one_ahead(two(), thread)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(items)
+    assert list(one_ahead(iter(Making(2)), thread)) == [0, 1]  # the thread serves the next stream
 
 
-def test_whoever_stops_waits_for_the_item_that_is_being_made_and_no_other_is():
+def test_whoever_stops_waits_for_the_item_that_is_being_made_and_no_other_is(thread):
     making = Making(5, is_free=False)
     making.may.release()
-    items = one_ahead(iter(making))
+    items = one_ahead(iter(making), thread)
     assert next(items) == 0
     assert making.began.acquire(timeout=10)
     assert making.began.acquire(timeout=10)  # the second is being made
