@@ -22,6 +22,7 @@ from pusa_dist.media.source import Frames, FrameSource
 from pusa_dist.media.stills import FramesZip, SpriteSheet, thumbnail
 from pusa_dist.preview import LatentColours, to_webp
 from pusa_dist.request import Fit, GenerationRequest
+from serve import heap
 from serve.lending import Lent
 from serve.scratch import scratch_folder
 from serve.stages import ReplicaLostError, TensorRef
@@ -132,7 +133,8 @@ class Vae:
                 for variant, (path, mime) in files.items():
                     check()
                     published[variant] = self._publish(f"{prefix}/{path.name}", path, mime, check)
-                return published
+            heap.trim()
+            return published
 
         # Whoever stops an attempt removes its files, but the thread may write one more after that.
         return await _run(self._decodes, work, undo=lambda: self._remove(prefix))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cluster.memory import Process, growth, processes, program
+from cluster.memory import Process, growth, medians, processes, program
 from cluster.storm import Storm, latency_figures, storm_figures
 from cluster.verdicts import Figure, percentile, table
 
@@ -35,6 +35,11 @@ def test_growth_is_judged_by_role_over_the_processes_that_stayed():
     after = [process(1, "Rank", 104), process(2, "Rank", 105), process(3, "Vae", 106), process(5, "new", 50)]
     found = {one.scenario: (one.value, one.is_met) for one in growth(before, after)}
     assert found == {"Rank": ("+4.5% (200 to 209 MiB)", True), "Vae": ("+6.0% (100 to 106 MiB)", False)}
+
+
+def test_a_process_holds_the_median_of_its_readings():
+    readings = [[process(1, "Vae", 100)], [process(1, "Vae", 150)], [process(1, "Vae", 104), process(2, "Rank", 9)]]
+    assert medians(readings) == [process(1, "Vae", 104), process(2, "Rank", 9)]
 
 
 @pytest.mark.parametrize(
