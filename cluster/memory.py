@@ -30,7 +30,7 @@ SETTLE_S = 3.0
 """After the last of some jobs, so that what is freed late is freed."""
 WARM_UP_S = 300.0
 """Before the first measurement: in its first minutes a process of Ray grows by its age, with jobs or without
-(idle, from the first minute to the sixth: raylet +1.2 of 33 MiB, dispatcher +5 of 403), and then no more."""
+(idle, from the first minute to the sixth: raylet +1.2 of 33 MiB, dispatcher +4 of 403), and ever less after that."""
 SHAPES = tuple((size, frames) for frames in (5, 9, 17) for size in ("64x64", "96x64", "64x96", "128x96", "96x96"))
 
 
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--early", type=int, default=20, help="jobs before the first measurement (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
+    if not 2 <= arguments.early < arguments.jobs:
+        parser.error(f"--early {arguments.early} --jobs {arguments.jobs}: at least 2 early jobs, and more after them")
     with (
         tempfile.TemporaryDirectory(prefix="pusa-memory-") as folder,
         running_service("debug", Path(folder) / "state") as service,

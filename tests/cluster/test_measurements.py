@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cluster.memory import Process, growth, medians, processes, program
+from cluster.memory import Process, growth, main, medians, processes, program
 from cluster.storm import Storm, latency_figures, storm_figures
 from cluster.verdicts import Figure, percentile, table
 
@@ -40,6 +40,13 @@ def test_growth_is_judged_by_role_over_the_processes_that_stayed():
 def test_a_process_holds_the_median_of_its_readings():
     readings = [[process(1, "Vae", 100)], [process(1, "Vae", 150)], [process(1, "Vae", 104), process(2, "Rank", 9)]]
     assert medians(readings) == [process(1, "Vae", 104), process(2, "Rank", 9)]
+
+
+@pytest.mark.parametrize("counts", [["--early", "1"], ["--early", "20", "--jobs", "20"]])
+def test_growth_needs_jobs_at_either_end(counts, capsys):
+    with pytest.raises(SystemExit):
+        main(counts)
+    assert "at least 2 early jobs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
