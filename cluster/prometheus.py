@@ -21,8 +21,9 @@ _PREFIX = "ray_video_"
 _OURS = ("outcome", "stage", "reason", "status", "le")
 """Labels that mean something; Ray adds those of the process, which are summed over."""
 _TIMEOUT_S = 10.0
-_REPORTED_S = 30.0
-"""Ray's workers report every few seconds."""
+REPORTED_S = 12.0
+"""Ray's workers report every ten seconds."""
+_MAX_READINGS = 5
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 """A name with its labels in order."""
@@ -74,18 +75,22 @@ def scrape(url: str) -> Scrape:
     return parse(httpx.get(url, timeout=_TIMEOUT_S).raise_for_status().text)
 
 
-def scrape_after(url: str, before: Scrape, num_ended: int) -> Scrape:
-    """What was counted since, when all ends of a run are in it or no more come.
+def scrape_settled(url: str, pause_s: float = REPORTED_S) -> Scrape:
+    """Read the metrics of a service whose work is done, when everything it counted has been reported.
+
+    That is when two readings, ``pause_s`` apart, count the same jobs and steps. A service that others use meanwhile
+    may never come to rest: what the last of a few readings counted is returned then.
 
     Raises:
         httpx.HTTPError: the metrics cannot be read.
     """
-    deadline = time.monotonic() + _REPORTED_S
-    while True:
-        found = scrape(url).since(before)
-        if (found.of(JOBS) or 0.0) >= num_ended or time.monotonic() > deadline:
-            return found
-        time.sleep(1.0)
+    last = scrape(url)
+    for _ in range(_MAX_READINGS):
+        time.sleep(pause_s)
+        before, last = last, scrape(url)
+        if all(last.of(name) == before.of(name) for name in (JOBS, f"{STEPS}_count")):
+            break
+    return last
 
 
 def metrics_url(service: int) -> str:

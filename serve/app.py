@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray import serve as ray_serve
@@ -20,7 +20,6 @@ from pusa_dist.config import ModelConfig
 from pusa_dist.errors import ConfigError
 from serve.config import (
     MAX_STREAMS,
-    DenoiserConfig,
     RoleConfig,
     ServeConfig,
     WorkConfig,
@@ -28,7 +27,7 @@ from serve.config import (
     require_shared_stores,
 )
 from serve.dispatcher import Dispatcher
-from serve.gang import MakeWorker
+from serve.gang import MakeWorker, new_worker
 from serve.gang_replica import DenoiserReplica
 from serve.logs import Logs
 from serve.metrics import GatewayMetrics, JobMetrics, VaeMetrics
@@ -42,9 +41,6 @@ from serve.traces import Traces
 from serve.vae import NUM_DECODES, NUM_OTHERS, Vae
 from serve.webhooks import Webhooks, keep_delivering
 
-if TYPE_CHECKING:
-    from pusa_dist.worker import Worker
-
 logger = logging.getLogger(__name__)
 
 GATEWAY, DISPATCHER, TEXT_ENCODER, VAE, DENOISER = "Gateway", "Dispatcher", "TextEncoder", "Vae", "Denoiser"
@@ -55,6 +51,8 @@ _HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s
 # How long Serve waits before it does what a policy asks for. Ours for gangs has delays of its own.
 _AT_ONCE: dict[str, Any] = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
 _UNHURRIED: dict[str, Any] = {"upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
+# Before a replica ends, Serve waits two seconds for calls that may be on their way. Who is given none begins to drain.
+_UNCALLED: dict[str, Any] = {"graceful_shutdown_wait_loop_s": 0.1}
 _LOOK_S = 2.0
 Handle = DeploymentHandle[Any]
 
@@ -176,19 +174,6 @@ def build_app(args: ServeConfig) -> ray_serve.Application:
     return application(args, functools.partial(new_worker, model, args.denoiser))
 
 
-def new_worker(model: ModelConfig, config: DenoiserConfig) -> "Worker":
-    """A rank's worker, in the rank's process."""
-    from pusa_dist.worker import Worker, WorkerOptions  # torch stays out of the other roles
-
-    options = WorkerOptions(
-        device=config.device,
-        threads=config.threads_per_rank,
-        timeout_s=config.start_timeout_s,
-        attention=config.attention,
-    )
-    return Worker(model, config.parallel, options)
-
-
 def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Application:
     """The application with a given worker in its ranks; see ``build_app``."""
     model = config.load_model()
@@ -222,6 +207,7 @@ def application(config: ServeConfig, make_worker: MakeWorker) -> ray_serve.Appli
         config.dispatcher,
         max_ongoing_requests=200,
         graceful_shutdown_timeout_s=handover_s,
+        **_UNCALLED,
         # One, but Serve asks only what autoscales for what the policy needs to know.
         autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=1),
     ).bind(config, model.name, model.precision_on(config.denoiser.device), text_encoder, vae)
@@ -296,6 +282,7 @@ def _gang_deployment(config: ServeConfig) -> Any:
         placement_group_bundles=[bundle] * num_bundles,
         placement_group_strategy="STRICT_SPREAD" if role.spread else "STRICT_PACK",
         graceful_shutdown_timeout_s=role.handover_timeout_s + 10.0,
+        **_UNCALLED,
         **_HEALTH,
         **_scale(role, **_AT_ONCE, policy={"policy_function": "cluster.ray_scaling:Denoiser"}),
         **options,

@@ -19,8 +19,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pusa_dist.config import ModelConfig
 from pusa_dist.errors import CheckpointError, GangError, PusaError
 from pusa_dist.request import GenerationRequest
+from serve import heap
 from serve.config import DenoiserConfig
 from serve.logs import Logs
 from serve.stages import ReplicaLostError
@@ -137,30 +139,22 @@ class Rank:
 class Gang:
     """The ranks of one denoiser, as its coordinator's event loop sees them.
 
+    Args:
+        config: of the denoiser.
+        ranks: its actors, which may still be starting; see ``rank_actors``.
+
     Attributes:
         error: why the gang was given up; None while it lives.
         pids: process ids of the ranks, once started.
         node_ids: the Ray nodes they are on, once started.
     """
 
-    def __init__(
-        self,
-        config: DenoiserConfig,
-        make_worker: MakeWorker,
-        artifacts_url: str,
-        placement: PlacementGroup | None,
-        logs: Logs | None = None,
-    ) -> None:
+    def __init__(self, config: DenoiserConfig, ranks: Sequence[Any]) -> None:
         self._config = config
+        self._ranks = ranks
         self.error: GangError | None = None
         self.pids: list[int] = []
         self.node_ids: set[str] = set()
-        self._ranks = [
-            _rank_actor(config, placement, index).remote(
-                make_worker, artifacts_url, None if logs is None else logs.of(rank=index)
-            )
-            for index in range(config.parallel.world_size)
-        ]
 
     async def start(self) -> None:
         """Wait until every rank has met the others and loaded its weights.
@@ -363,7 +357,45 @@ class Gang:
         return self.lose(f"{what}: {first!r}")
 
 
-def _rank_actor(config: DenoiserConfig, placement: PlacementGroup | None, index: int) -> Any:
+def new_worker(model: ModelConfig, config: DenoiserConfig) -> "Worker":
+    """A rank's worker, made in the rank's process."""
+    with heap.importing():
+        from pusa_dist.worker import Worker, WorkerOptions  # torch stays out of the other roles
+
+    options = WorkerOptions(
+        device=config.device,
+        threads=config.threads_per_rank,
+        timeout_s=config.start_timeout_s,
+        attention=config.attention,
+    )
+    return Worker(model, config.parallel, options)
+
+
+def rank_actors(
+    config: DenoiserConfig,
+    make_worker: MakeWorker,
+    artifacts_url: str,
+    placement: PlacementGroup | None,
+    logs: Logs | None = None,
+) -> list[Any]:
+    """Have Ray start the ranks of a gang; they end with their maker.
+
+    Args:
+        config: of the denoiser.
+        make_worker: called in each rank's process.
+        artifacts_url: where checkpoints are.
+        placement: the gang's placement group; None: anywhere.
+        logs: how they log; None: as Ray would have it.
+    """
+    return [
+        _rank_class(config, placement, index).remote(
+            make_worker, artifacts_url, None if logs is None else logs.of(rank=index)
+        )
+        for index in range(config.parallel.world_size)
+    ]
+
+
+def _rank_class(config: DenoiserConfig, placement: PlacementGroup | None, index: int) -> Any:
     strategy = (
         "DEFAULT"
         if placement is None

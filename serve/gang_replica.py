@@ -7,18 +7,19 @@ pass through Serve: the dispatcher talks to the coordinator's actor, which the r
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import ray
 from ray import serve as ray_serve
-from ray.util.placement_group import PlacementGroup
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pusa_dist.errors import GangError
 from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
-from serve.gang import Gang, MakeWorker
+from serve.gang import Gang, MakeWorker, rank_actors
 from serve.logs import Logs
 from serve.metrics import GangMetrics
 from serve.stages import Assignment, Finished, Kept, ReplicaLostError, TensorRef
@@ -34,18 +35,11 @@ _KEPT_S = 30.0
 
 
 class Coordinator(Denoiser):
-    """The coordinator with the ranks it starts; an actor without resources, beside rank 0."""
+    """The coordinator of ranks that are starting; an actor without resources, beside rank 0."""
 
-    def __init__(
-        self,
-        config: DenoiserConfig,
-        make_worker: MakeWorker,
-        artifacts_url: str,
-        placement: PlacementGroup | None,
-        logs: Logs,
-    ) -> None:
+    def __init__(self, config: DenoiserConfig, ranks: Sequence[Any], logs: Logs) -> None:
         logs.configure()
-        super().__init__(config, Gang(config, make_worker, artifacts_url, placement, logs), GangMetrics())
+        super().__init__(config, Gang(config, ranks), GangMetrics())
         self._kept: dict[tuple[str, int], TensorRef] = {}
         self._taken = asyncio.Event()
 
@@ -107,6 +101,8 @@ class DenoiserReplica:
         logs.configure()
         placement = ray.util.get_current_placement_group()
         assert placement is not None, "the deployment of the denoiser has placement group bundles"
+        # Their processes start while the coordinator's does.
+        self._ranks = rank_actors(config, make_worker, artifacts_url, placement, logs)
         remote: Any = ray.remote
         strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=0)
         self._coordinator = (
@@ -119,18 +115,26 @@ class DenoiserReplica:
                 scheduling_strategy=strategy,
                 enable_task_events=False,  # as of the ranks: it is asked for its health every second
             )
-            .remote(config, make_worker, artifacts_url, placement, logs)
+            .remote(config, self._ranks, logs)
         )
         self.pids = list(ray.get(self._coordinator.start.remote()))
         self._demand: dict[str, float] = {}
         self._registering = asyncio.get_running_loop().create_task(self._register())
 
     async def check_health(self) -> None:
-        """Raise if the gang is lost, or its coordinator dead or silent."""
+        """Raise if the gang is lost, or its coordinator dead or silent.
+
+        What is lost stays lost, and holds nothing to hand over: the replica ends, where Serve would ask twice more.
+        """
         if self._registering.done():
             self._registering.result()
-        async with asyncio.timeout(_ANSWER_S):
-            await self._coordinator.check_health.remote()
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await self._coordinator.check_health.remote()
+        except (GangError, RayActorError) as error:
+            logger.error("gang %s ends, to be replaced: %s", self._name, type(error).__name__)
+            ray.kill(ray.get_runtime_context().current_actor)
+            raise
 
     async def rank_pids(self) -> list[int]:
         """Process ids of the ranks, for operators and tests."""

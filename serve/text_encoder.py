@@ -3,6 +3,7 @@
 import asyncio
 
 from pusa_dist.config import ModelConfig
+from serve import heap
 from serve.lending import Lent
 from serve.stages import TensorRef
 from serve.watched import STUCK_AFTER_S, WatchedThread
@@ -12,7 +13,8 @@ class TextEncoder:
     """Embeds prompts on a thread of its own, so that the replica always answers Serve."""
 
     def __init__(self, model: ModelConfig, device: str, stuck_after_s: float = STUCK_AFTER_S) -> None:
-        from pusa_dist.prompt_encoder import PromptEncoder  # torch stays out of the other roles
+        with heap.importing():
+            from pusa_dist.prompt_encoder import PromptEncoder  # torch stays out of the other roles
 
         self._encoder = PromptEncoder(model, device)
         self._thread = WatchedThread("text", stuck_after_s)

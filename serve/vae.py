@@ -54,7 +54,8 @@ class Vae:
         on_decoder_failure: Callable[[], None] | None = None,
         stuck_after_s: float = STUCK_AFTER_S,
     ) -> None:
-        from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
+        with heap.importing():
+            from pusa_dist.video_codec import VideoCodec  # torch stays out of the other roles
 
         self._encodes = WatchedThread("encode", stuck_after_s)
         self._decodes = WatchedThread("decode", stuck_after_s)

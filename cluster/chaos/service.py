@@ -17,7 +17,7 @@ from cluster.chaos.records import stray_files
 from cluster.chaos.verdict import Remains, Traces
 from cluster.chaos.workload import TENANTS
 from cluster.local_service import Service, free_port, serve_command, start, stop, wait_until_ready
-from cluster.prometheus import STEPS, metrics_url, scrape
+from cluster.prometheus import STEPS, metrics_url, scrape_settled
 
 CONFIG = Path(__file__).parents[2] / "configs/serve/chaos.yaml"
 SHARED = {"max_resident": 2, "shared_forward_max_tokens": 10_000}
@@ -25,8 +25,6 @@ SHARED = {"max_resident": 2, "shared_forward_max_tokens": 10_000}
 TIDY_S = 90.0
 """Longest wait for what ends later than the jobs do: the sweep of dead attempts' files comes every 30 seconds."""
 SETTLE_S = 3.0
-METRICS_S = 12.0
-"""Ray's workers report within ten seconds."""
 
 
 def settings_of(config: Path, share_forwards: bool) -> dict[str, Any]:
@@ -96,12 +94,7 @@ class Chaos:
 
     def num_forwards(self) -> float:
         """That its gangs have made, as its metrics tell when they change no more."""
-        url = metrics_url(self.service.process.pid)
-        told, before = 0.0, -1.0
-        while told != before:
-            time.sleep(METRICS_S)
-            before, told = told, scrape(url).of(f"{STEPS}_count") or 0.0
-        return told
+        return scrape_settled(metrics_url(self.service.process.pid)).of(f"{STEPS}_count") or 0.0
 
     def stop(self) -> Remains:
         """Stop it as Ctrl-C does; returns what is left then."""

@@ -25,7 +25,7 @@ from cluster.loadtest.summary import point, summarise
 from cluster.loadtest.verdict import verdict
 from cluster.loadtest.workload import Workload, write_workload
 from cluster.orders import served_model
-from cluster.prometheus import Scrape, scrape, scrape_after
+from cluster.prometheus import Scrape, scrape_settled
 
 SETTLE_S = 3.0
 """Between two runs, so that none begins with the other's last work."""
@@ -176,14 +176,11 @@ async def _driven(
 
 
 def _scraped(plan: Plan) -> Scrape:
-    return Scrape({}) if plan.metrics_url is None else scrape(plan.metrics_url)
+    return Scrape({}) if plan.metrics_url is None else scrape_settled(plan.metrics_url)
 
 
 def _compared(plan: Plan, before: Scrape, rows: Sequence[Row]) -> list[Reading] | None:
-    if plan.metrics_url is None:
-        return None
-    num_ended = sum(one.outcome in ("completed", "failed", "cancelled") for one in rows)
-    return readings(rows, scrape_after(plan.metrics_url, before, num_ended))
+    return None if plan.metrics_url is None else readings(rows, _scraped(plan).since(before))
 
 
 def _rounds(plan: Plan, model: str) -> Iterator[Round]:

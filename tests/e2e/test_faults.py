@@ -1,15 +1,16 @@
-"""Every kind of process dies or stops in the middle of a job, which ends in the same video as if nothing had."""
+"""What costs a job its gang, by the clock: its owner cancels it, or a process of any kind dies or stops under it."""
 
 import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from ray import serve as ray_serve
 
 from serve.config import DenoiserConfig, ServeConfig
-from tests.e2e.client import completed, create, frames_of, until
+from tests.e2e.client import completed, create, frames_of, retrieve, until
 from tests.ray_cluster import replica_processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -36,6 +37,34 @@ def undisturbed(client):
     return frames_of(client, video["id"])
 
 
+def test_cancelling_a_running_job_frees_the_gang_within_a_step_and_half_a_second(client, config):
+    long = create(client, **REQUEST, preview_every=2)
+    until(client, long, lambda video: video["pusa"]["step"] >= 8)  # it has a checkpoint, and perhaps a preview
+    next_one, queued = create(client, num_inference_steps=2), create(client, **REQUEST)
+    began, step = time.monotonic(), retrieve(client, long)["pusa"]["step"]
+    time.sleep(1.0)
+    seen_at, now = time.monotonic(), retrieve(client, long)["pusa"]["step"]
+    step_s = (seen_at - began) / max(now - step, 1)
+    client.post(f"/v1/videos/{queued}/cancel").raise_for_status()
+    until(client, queued, lambda video: video["pusa"]["state"] == "cancelled", timeout_s=0.5)
+    began = time.monotonic()
+    client.post(f"/v1/videos/{long}/cancel").raise_for_status()
+    # The gang takes the next job's first step as soon as it has dropped this one.
+    until(client, next_one, lambda video: video["pusa"]["step"] >= 1 or video["status"] == "completed")
+    seconds = time.monotonic() - began
+    logger.info("cancel to gang free: %.3f s with steps of %.3f s", seconds, step_s)
+    own_s = completed(client, next_one)["pusa"]["stage_seconds"]
+    assert seconds - (own_s["denoise"] - own_s["wait"]) < step_s + 0.5
+    until(client, long, lambda video: video["pusa"]["state"] == "cancelled", timeout_s=0.5)
+    for job_id in (long, queued):
+        files = list((Path(config.state_dir) / "artifacts" / "jobs" / job_id).rglob("*"))
+        assert [path for path in files if path.is_file()] == []
+
+
+def goes_on(video):
+    return video["pusa"]["attempt"] > 1 and video["pusa"]["stage"] is not None
+
+
 def disturbed(client, role, number, stage="denoise"):
     """Signal a process of that role while it holds a job; returns the video and the seconds until it went on."""
     job_id = create(client, **REQUEST)
@@ -45,15 +74,16 @@ def disturbed(client, role, number, stage="denoise"):
     began = time.monotonic()
     os.kill(pid, number)
     try:
-        until(client, job_id, lambda video: video["pusa"]["attempt"] > 1 and video["pusa"]["stage"] is not None, 150)
+        until(client, job_id, goes_on, 150, pause_s=0.1)
         again = time.monotonic() - began
         video = completed(client, job_id, 200)
     finally:
         if os.path.exists(f"/proc/{pid}"):
             os.kill(pid, signal.SIGKILL)
     logger.info(
-        "%s %s at step %d: attempt %d after %.1f s, complete after %.1f s",
+        "%s %s at step %d: attempt %d after %.1f s, complete after %.1f s; %s",
         role, number.name, before["step"], video["pusa"]["attempt"], again, time.monotonic() - began,
+        video["pusa"]["stage_seconds"],
     )  # fmt: skip
     return video, again
 

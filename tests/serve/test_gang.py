@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from pusa_dist.errors import CheckpointError, DeviceMemoryError, GangError, NumericsError
 from serve.config import DenoiserConfig
 from serve.denoiser import Denoiser
-from serve.gang import Gang
+from serve.gang import Gang, rank_actors
 from serve.stages import Checkpoint, Checkpointed, Finished, GangUnavailableError, Progress, Released
 from serve.store.artifacts import ArtifactStore, StorageError
 from tests.ray_cluster import local_ray
@@ -45,7 +45,7 @@ def artifacts(tmp_path_factory):
 
 
 def started(config, artifacts):
-    gang = Gang(config, gang_workers.FakeWorker, artifacts, None)
+    gang = Gang(config, rank_actors(config, gang_workers.FakeWorker, artifacts, None))
     asyncio.run(gang.start())
     return gang
 

@@ -42,11 +42,9 @@ class FakeRank:
 
 def start(monkeypatch, *ranks, start_timeout_s=30.0):
     async def scenario():
-        made = iter([rank() for rank in ranks])
-        monkeypatch.setattr(gang, "_rank_actor", lambda *_: SimpleNamespace(remote=lambda *_: next(made)))
         monkeypatch.setattr(gang.ray, "kill", lambda rank, **_: rank.dies.set())
         monkeypatch.setattr(gang, "START_SILENCE_S", 0.3)
-        starting = Gang(DenoiserConfig(start_timeout_s=start_timeout_s), None, "", None)
+        starting = Gang(DenoiserConfig(start_timeout_s=start_timeout_s), [rank() for rank in ranks])
         await starting.start()
         return starting
 
