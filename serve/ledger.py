@@ -5,14 +5,14 @@ they happened. Between two readings the tenants of this dispatcher are up to dat
 that far behind.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from serve.policy.cost import StepShape, charge, job_cost, observed, step_seconds
 from serve.policy.fairness import InHand, Standing, Turn, Waiting, idle_clock, in_order, virtual_clock
 from serve.policy.tick import Resident
 from serve.store.jobs import Job, JobStore
+from serve.store.threads import StoreThreads
 
 
 @dataclass(slots=True)
@@ -130,19 +130,19 @@ class Ledger:
         """Whether the tenant's line has been read."""
         return tenant in self._standings
 
-    async def flush(self, run: Callable[..., Awaitable[Any]]) -> None:
+    async def flush(self, db: StoreThreads) -> None:
         """Write what happened and read what others wrote.
 
         A charge that was written, but whose answer was lost with the connection, is written again: of one tenant,
         what a second of steps costs.
 
         Args:
-            run: calls a blocking function on a thread: ``await run(function, *arguments)``.
+            db: how the store is called.
         """
         events, self._events = self._events, []
         shapes, self._new_shapes = {shape: self._measured[shape] for shape in self._new_shapes}, set()
         try:
-            standings = await run(self._write, events, shapes)
+            standings = await db(self._write, events, shapes)
         except BaseException:
             # What had been written is off the list, but for one charge whose answer got lost: that is made again.
             self._events = events + self._events

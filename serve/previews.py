@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from serve.attempt import Attempt
 from serve.moderation import Moderation
 from serve.stages import Previewed, Stages
 from serve.store.artifacts import ArtifactStore
 from serve.store.jobs import JobStore
+from serve.store.threads import StoreThreads
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ class Previews:
         artifacts: where the file of a former one is removed.
         stages: the VAE draws.
         moderation: asked before one is published.
-        run: calls a blocking function on a thread: ``await run(function, *arguments)``.
+        db: how the store is called.
     """
 
     def __init__(
@@ -31,13 +30,13 @@ class Previews:
         artifacts: ArtifactStore,
         stages: Stages,
         moderation: Moderation,
-        run: Callable[..., Awaitable[Any]],
+        db: StoreThreads,
     ) -> None:
         self._store = store
         self._artifacts = artifacts
         self._stages = stages
         self._moderation = moderation
-        self._run = run
+        self._db = db
         self._tasks: set[asyncio.Task[None]] = set()
 
     def show(self, attempt: Attempt, preview: Previewed) -> None:
@@ -54,7 +53,7 @@ class Previews:
         try:
             key = await self._stages.preview(job, preview.step, preview.latents)
             await self._moderation.check_result(job, {"preview": key}, self._artifacts)
-            published = await self._run(self._store.preview, job.id, job.attempt, preview.step, key)
+            published = await self._db(self._store.preview, job.id, job.attempt, preview.step, key)
             unneeded, attempt.preview_key = (attempt.preview_key, key) if published else (key, attempt.preview_key)
             if unneeded is not None:
                 await asyncio.to_thread(self._artifacts.delete, unneeded)
