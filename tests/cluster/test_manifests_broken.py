@@ -263,7 +263,7 @@ def ray_environment_is_set(objects):
 
 
 @variant(KIND)
-def lost_nodes_are_given_up(objects):
+def losses_are_found_soon(objects):
     environment = ray(objects, "head")["env"]
     environment.remove(named(environment, "RAY_health_check_failure_threshold"))
 

@@ -19,7 +19,11 @@ from cluster.manifests.objects import (
 GPU = "nvidia.com/gpu"
 _TAG = re.compile(r".+:[\w.-]*\d[\w.-]*|.+@sha256:[0-9a-f]{64}")
 _VARIABLES = ("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS")
-_LOST_NODES = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4"}
+_FOUND_SOON = {
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+}
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 _STAYS = ("cluster-autoscaler.kubernetes.io/safe-to-evict", "karpenter.sh/do-not-disrupt")
 _AFTER_NOTICE_S = 30.0
@@ -157,13 +161,13 @@ def ray_environment_is_set(objects: Sequence[Object]) -> list[Finding]:
     ]
 
 
-def lost_nodes_are_given_up(objects: Sequence[Object]) -> list[Finding]:
-    """The head gives up a node that is cut off after half a minute: then its place is free for a new gang."""
+def losses_are_found_soon(objects: Sequence[Object]) -> list[Finding]:
+    """The head gives up a node that is cut off after half a minute, and an HTTP proxy that has died after seconds."""
     return [
         Finding(pods.where, f"{name} must be {value}")
         for pods in ray_pods(objects)
         if pods.is_head
-        for name, value in _LOST_NODES.items()
+        for name, value in _FOUND_SOON.items()
         if dig(environment(pods.ray), name, "value") != value
     ]
 
@@ -233,7 +237,7 @@ RULES = (
     probes_are_the_operators,
     other_workloads_have_readiness,
     ray_environment_is_set,
-    lost_nodes_are_given_up,
+    losses_are_found_soon,
     gangs_hand_over,
     grace_covers_the_hand_over,
     gpu_pods_stay,
