@@ -170,7 +170,9 @@ async def _driven(
     )
     began = time.monotonic() + LEAD_S
     async with asyncio.TaskGroup() as group:
-        strikes = [] if plan.pid is None else [group.create_task(kill_rank(plan.pid, at, began)) for at in kill_at]
+        strikes = [
+            group.create_task(kill_rank(plan.pid, plan.target, at, began)) for at in kill_at if plan.pid is not None
+        ]
         rows = group.create_task(drive(plan.target, run, began, at_once))
     return rows.result(), [one.result() for one in strikes]
 
