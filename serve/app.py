@@ -51,7 +51,7 @@ _HEALTH: dict[str, Any] = {"health_check_period_s": 1.0, "health_check_timeout_s
 # How long Serve waits before it does what a policy asks for. Ours for gangs has delays of its own.
 _AT_ONCE: dict[str, Any] = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
 _UNHURRIED: dict[str, Any] = {"upscale_delay_s": 2.0, "downscale_delay_s": 60.0}
-# Before a replica ends, Serve waits two seconds for calls that may be on their way. Who is given none begins to drain.
+# Before a replica ends, Serve waits two seconds for calls that may be on their way. These are given no work by any.
 _UNCALLED: dict[str, Any] = {"graceful_shutdown_wait_loop_s": 0.1}
 _LOOK_S = 2.0
 Handle = DeploymentHandle[Any]

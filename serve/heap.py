@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import torch and the like in a fifth less time: nothing of it is garbage, and it is never looked through for any.
+    """Import torch and the like in a sixth less time: nothing of it is garbage, and it is never looked through for any.
 
     Every gang and every job of it wait for these imports after a process was lost.
     """
