@@ -1,11 +1,9 @@
 """The clients' figures beside the service's own: where they disagree, one is wrong, or they mean other things.
 
 Histograms are compared at the bounds of their buckets, where both are exact. Ray makes a histogram's ``_sum`` up
-from the middles of the buckets, so a mean that a dashboard takes from it may be wrong by half the width of those
-that its values fell into.
+from the middles of the buckets, so a mean that a dashboard takes from it is only as good as they are.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +14,6 @@ from cluster.prometheus import JOBS, LATENCY, REQUEUED, STAGE, Scrape
 MAX_SHIFT = 0.05
 """Largest difference of the parts of the jobs below a bound."""
 MAX_MEAN_ERROR = 0.15
-"""Beyond what the middles of the buckets explain, by the mean."""
-SEEN_LATE_S = 0.35
-"""A client is told of an end at most this much later: a gateway looks four times a second, and then the job is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +57,7 @@ def _counts(rows: Sequence[Row], found: Scrape) -> Iterator[Reading]:
 def _latency(rows: Sequence[Row], found: Scrape) -> Iterator[Reading]:
     """From creation to end, which is less than the clients' latency by what lies before the create's answer."""
     ours = [one.ended_s - one.accepted_s for one in rows if one.outcome == "completed" and one.accepted_s is not None]
-    yield from _histogram("seconds from create to end", ours, found, LATENCY, SEEN_LATE_S, outcome="completed")
+    yield from _histogram("seconds from create to end", ours, found, LATENCY, outcome="completed")
 
 
 def _stages(rows: Sequence[Row], found: Scrape) -> Iterator[Reading]:
@@ -72,10 +67,7 @@ def _stages(rows: Sequence[Row], found: Scrape) -> Iterator[Reading]:
         yield from _histogram(f"seconds in {stage}", ours, found, STAGE, stage=stage)
 
 
-def _histogram(
-    what: str, ours: Sequence[float], found: Scrape, name: str, late_s: float = 0.0, **labels: str
-) -> Iterator[Reading]:
-    """The same durations from both sides, of which ours may be up to ``late_s`` longer."""
+def _histogram(what: str, ours: Sequence[float], found: Scrape, name: str, **labels: str) -> Iterator[Reading]:
     if not ours:
         return
     buckets = found.buckets(name, **labels)
@@ -85,12 +77,9 @@ def _histogram(
     if not count or total is None:
         yield Reading(what=f"{what}, mean", clients=mean, service=None, agrees=False, note="not exported")
         return
-
-    def shift_at(bound: float, theirs: float) -> float:
-        least, most = (sum(value <= limit for value in ours) / len(ours) for limit in (bound, bound + late_s))
-        return max(least - theirs, theirs - most, 0.0)
-
-    shift, bound = max((shift_at(bound, num / count), bound) for bound, num in buckets)
+    shift, bound = max(
+        (abs(sum(value <= bound for value in ours) / len(ours) - num / count), bound) for bound, num in buckets
+    )
     yield Reading(
         what=f"{what}: largest shift of the distribution",
         clients=0.0,
@@ -98,21 +87,10 @@ def _histogram(
         agrees=shift <= MAX_SHIFT,
         note=f"at {bound:g} s; {count:g} values there, {len(ours)} here",
     )
-    error, explained = abs(total / count - mean), _half_width(buckets) + late_s
     yield Reading(
         what=f"{what}, mean",
         clients=mean,
         service=total / count,
-        agrees=error <= MAX_MEAN_ERROR * mean + explained,
-        note="the service's is made of middles of buckets" if error > MAX_MEAN_ERROR * mean else "",
+        agrees=abs(total / count / mean - 1) <= MAX_MEAN_ERROR,
+        note="the service's is made of middles of buckets" if abs(total / count / mean - 1) > MAX_MEAN_ERROR else "",
     )
-
-
-def _half_width(buckets: Sequence[tuple[float, float]]) -> float:
-    """Of the bucket that a value fell into, in the mean; those above the last bound are not counted."""
-    below, sum_of_halves, num_below = 0.0, 0.0, 0.0
-    for bound, num in buckets:
-        if math.isfinite(bound):
-            sum_of_halves += (num - num_below) * (bound - below) / 2
-            below, num_below = bound, num
-    return sum_of_halves / buckets[-1][1]

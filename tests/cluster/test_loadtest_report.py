@@ -235,25 +235,12 @@ def test_a_service_that_counts_as_its_clients_do_agrees():
     [
         ({"jobs": 22}, "jobs ended: completed"),
         ({"below": 10}, "seconds from create to end: largest shift of the distribution"),
-        ({"total": 60.0}, "seconds in denoise, mean"),
+        ({"total": 40.0}, "seconds in denoise, mean"),
         ({"again": 2}, "attempts given up"),
     ],
 )
 def test_what_a_service_counts_otherwise_is_named(changes, what):
     assert what in disagreeing(**changes)
-
-
-@pytest.mark.parametrize(("latency", "agrees"), [(0.95, True), (1.1, True), (1.5, False)])
-def test_ends_that_clients_are_told_of_a_moment_later_are_no_disagreement(latency, agrees):
-    rows = [row(n, latency=latency) for n in range(20)]
-    found = {one.what: one.agrees for one in readings(rows, parse(exposition()))}
-    assert found["seconds from create to end: largest shift of the distribution"] is agrees
-
-
-def test_a_mean_is_as_wrong_as_the_buckets_that_its_values_fell_into_are_wide():
-    # All 20 lie in the bucket up to 1 s, whose middle is half a second from either end.
-    for total, is_named in ((20 * 1.05 / 0.6, False), (20 * 1.25 / 0.6, True)):
-        assert ("seconds in denoise, mean" in disagreeing(total=total)) is is_named
 
 
 def test_a_service_that_exports_nothing_disagrees_about_what_happened():
